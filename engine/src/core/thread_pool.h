@@ -1,0 +1,34 @@
+// A fixed pool of worker threads for data-parallel loops. The calling thread works too. One loop at a time: only
+// the engine thread calls it. No allocation per loop. Items are handed out dynamically; results must not depend on
+// which thread ran which item.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "src/core/function_ref.h"
+
+namespace fq {
+
+class ThreadPool {
+ public:
+  // `threads` counts the caller: 1 means no workers. <= 0: one per core available to the process (affinity, cgroup).
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const;
+
+  // Calls fn(item, thread) for every item in [0, items); thread in [0, threads()).
+  void parallel_for(int64_t items, FunctionRef<void(int64_t item, int thread)> fn);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// Cores this process may use.
+int available_cores();
+
+}  // namespace fq

@@ -1,0 +1,145 @@
+// What a model is: pure data, read from config.json (format in engine/CONTRACT.md, "Model directory").
+// A closed vocabulary of blocks with few options each; no family names.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "framequilt/types.h"
+
+namespace fq::model {
+
+enum class NormKind : uint8_t { kRms, kLayer };
+enum class Activation : uint8_t { kRelu, kGelu, kGeluTanh, kSilu };
+enum class MlpKind : uint8_t { kPlain, kGated };
+enum class RopeScaling : uint8_t { kNone, kLinear, kLlama3 };
+enum class PoolMode : uint8_t { kNone, kBilinear, kAverage, kMax };
+enum class NewlineMode : uint8_t { kNone, kGrid, kFrame, kOneToken };
+enum class TokenizerKind : uint8_t { kHuggingFace, kSentencePiece };
+
+struct NormSpec {
+  NormKind kind = NormKind::kRms;
+  float eps = 1e-6f;
+};
+
+struct RopeSpec {
+  double base = 10000.0;
+  int dims = 0;  // rotated leading dims of each head; rotate-half pairs (i, i + dims/2)
+  RopeScaling scaling = RopeScaling::kNone;
+  double factor = 1.0;
+  // kLlama3 only
+  double low_freq_factor = 1.0, high_freq_factor = 4.0;
+  int original_context = 0;
+};
+
+struct AttentionSpec {
+  int heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  bool qkv_bias = false;
+  bool output_bias = false;
+  float scale = 0.0f;  // multiplies q.k
+};
+
+struct MlpSpec {
+  MlpKind kind = MlpKind::kGated;
+  Activation activation = Activation::kSilu;
+  int hidden = 0;
+  bool bias = false;
+};
+
+struct DecoderSpec {
+  int hidden = 0, layers = 0, vocab = 0, context = 0;
+  bool tied_embedding = false;
+  float embedding_scale = 1.0f;
+  NormSpec norm;
+  AttentionSpec attention;
+  RopeSpec rope;
+  MlpSpec mlp;
+};
+
+// A tower of pre-norm encoder blocks over non-overlapping patches, learned positions, no class token.
+struct VisionSpec {
+  int image_size = 0, patch = 0, channels = 3;
+  int hidden = 0, layers = 0;
+  bool patch_bias = true;
+  bool post_norm = false;
+  NormSpec norm;
+  AttentionSpec attention;
+  MlpSpec mlp;
+  int grid() const { return image_size / patch; }
+};
+
+struct ProjectorSpec {
+  int input = 0, hidden = 0, output = 0;
+  Activation activation = Activation::kGelu;
+};
+
+// From projected patches to rows of the prompt.
+struct VisualSpec {
+  PoolMode pool = PoolMode::kNone;  // video frames
+  int pool_stride = 1;
+  NewlineMode newline = NewlineMode::kNone;  // video
+  // Images: overview unpooled, then the tile grid cropped to the picture, each grid row followed by a newline if
+  // image_newline. Grids larger than max_tiles tiles are shrunk bilinearly (0: never).
+  bool image_newline = false;
+  int image_max_tiles = 0;
+};
+
+struct TokenSpec {
+  std::optional<TokenId> bos;
+  bool add_bos = false;
+  std::vector<TokenId> eos;
+  std::string media;  // placeholder text in the chat template's output; "" for text models
+  TokenizerKind tokenizer = TokenizerKind::kHuggingFace;
+  std::string tokenizer_file;
+};
+
+struct DefaultsSpec {
+  std::string kv = "kv8";
+  std::optional<double> similarity_lower_bound;  // recommended for token reduction
+};
+
+// Number format of one linear's weights (engine/CONTRACT.md, "Weight formats").
+struct WeightFormat {
+  enum class Kind : uint8_t { kF32, kBF16, kAffine };
+  Kind kind = Kind::kBF16;
+  int bits = 0;           // kAffine: 4 or 8
+  int group = 0;          // kAffine: inputs per group, 0: one group per output row
+  bool symmetric = false;
+  DType scale = DType::kF16;  // kAffine: F16 or F32
+  std::string name() const;   // "f32", "bf16", "w4g128", "w4g128-sym", "w8row"
+  bool operator==(const WeightFormat&) const = default;
+};
+
+struct LinearSpec {
+  int out = 0;
+  int in = 0;
+  WeightFormat format;
+};
+
+struct FileSpec {
+  std::string name;
+  uint64_t bytes = 0;
+  std::string sha256;
+};
+
+struct ModelSpec {
+  int version = 1;
+  std::string name;
+  std::map<std::string, std::string> source;  // free text about origin, for inspect; never interpreted
+  DecoderSpec decoder;
+  std::optional<VisionSpec> vision;
+  std::optional<ProjectorSpec> projector;
+  std::optional<VisualSpec> visual;
+  TokenSpec tokens;
+  DefaultsSpec defaults;
+  std::string weights;  // the scheme the converter was asked for, e.g. "w4g128"
+  std::map<std::string, LinearSpec> linears;  // every linear by its slot name
+  std::vector<FileSpec> files;
+};
+
+}  // namespace fq::model

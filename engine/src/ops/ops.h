@@ -1,0 +1,138 @@
+// Contracts of the ops that blocks are made of. Every op has a scalar reference here (`*_reference`, in ops/*.cc) and
+// fast versions in a backend, tested against it. All activations are float32, rows are flat: [rows, width], a row
+// starts every `stride` floats. Nothing here owns memory; nothing fails: shapes were checked when blocks were bound.
+//
+// Determinism: the value of one output row depends on that row's inputs only, never on how many rows, in which tile
+// or on which thread it is computed. So fast kernels accumulate each output in one fixed order over its reduction axis:
+//   linear:     one float32 accumulator per output, inputs in ascending order, fused multiply-add of the dequantized
+//               weight; then + bias; then, if `accumulate`, + the old value of y.
+//   attention:  scores one accumulator over dims ascending; softmax online over pages ascending (see attention.cc).
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "src/model/spec.h"
+#include "src/quant/kv_format.h"
+#include "src/quant/linear_weights.h"
+
+namespace fq::ops {
+
+struct LinearArgs {
+  const float* x = nullptr;  // [rows, in]
+  int64_t x_stride = 0;
+  int64_t rows = 0;
+  const quant::LinearWeights* w = nullptr;
+  float* y = nullptr;        // [rows, out]
+  int64_t y_stride = 0;
+  bool accumulate = false;   // y += instead of y =
+};
+void linear_reference(const LinearArgs& args);
+
+struct NormArgs {
+  const float* x = nullptr;  // [rows, width]
+  float* y = nullptr;        // may be x
+  int64_t rows = 0, width = 0;
+  const float* weight = nullptr;
+  const float* bias = nullptr;  // layer norm only
+  float eps = 0;
+};
+void rms_norm_reference(const NormArgs& args);    // y = x / sqrt(mean(x^2) + eps) * weight
+void layer_norm_reference(const NormArgs& args);  // y = (x - mean) / sqrt(var + eps) * weight + bias
+
+// Rotary table: cos and sin of position * inv_freq[i], computed in float32 like the published models.
+struct RopeTable {
+  const float* inv_freq = nullptr;  // [dims/2]
+  int dims = 0;
+};
+// In place: for each row and head rotates pairs (i, i + dims/2) of the leading `dims` dims.
+struct RopeArgs {
+  float* x = nullptr;  // [rows, heads * head_dim]
+  int64_t stride = 0;
+  int64_t rows = 0;
+  int heads = 0, head_dim = 0;
+  const int32_t* positions = nullptr;  // [rows], ORIGINAL positions
+  RopeTable table;
+};
+void rope_reference(const RopeArgs& args);
+
+// K and V of one layer of one sequence: pages in order. `pages[i]` points at page i of the table.
+struct KvView {
+  const quant::KvPageLayout* layout = nullptr;
+  std::byte* const* pages = nullptr;
+  int64_t length = 0;  // tokens stored
+};
+
+// Writes rows as tokens [begin, begin + rows) of the view (whose pages exist). length is not used.
+struct KvAppendArgs {
+  const float* k = nullptr;  // [rows, kv_heads * head_dim]
+  const float* v = nullptr;
+  int64_t k_stride = 0, v_stride = 0;
+  int64_t rows = 0;
+  int64_t begin = 0;
+  KvView kv;
+};
+void kv_append_reference(const KvAppendArgs& args);
+
+// Causal attention of consecutive rows of one sequence over its pages: row i sees tokens [0, begin + i].
+// out = softmax(scale * q K^T) V. GQA: query head h reads kv head h / (heads / kv_heads).
+struct AttentionArgs {
+  const float* q = nullptr;  // [rows, heads * head_dim]
+  int64_t q_stride = 0;
+  float* out = nullptr;      // [rows, heads * head_dim]
+  int64_t out_stride = 0;
+  int64_t rows = 0;
+  int64_t begin = 0;
+  int heads = 0;
+  float scale = 0;
+  KvView kv;
+};
+void attention_reference(const AttentionArgs& args);
+
+// Importance for token reduction: mean over heads and queries of the softmax probabilities of the given query rows
+// (the last ones of the sequence: query i sees tokens [0, kv.length - queries + i]). out [kv.length].
+struct ImportanceArgs {
+  const float* q = nullptr;  // [queries, heads * head_dim], after rope
+  int64_t q_stride = 0;
+  int queries = 1;
+  int heads = 0;
+  float scale = 0;
+  KvView kv;
+  float* out = nullptr;
+};
+void importance_reference(const ImportanceArgs& args);
+
+// Full (non-causal) attention inside independent blocks of `tokens` rows (frames of a vision tower), unpaged.
+struct EncoderAttentionArgs {
+  const float* q = nullptr;  // [blocks * tokens, heads * head_dim]
+  const float* k = nullptr;
+  const float* v = nullptr;
+  float* out = nullptr;
+  int64_t stride = 0;  // of all four
+  int64_t blocks = 0, tokens = 0;
+  int heads = 0, head_dim = 0;
+  float scale = 0;
+};
+void encoder_attention_reference(const EncoderAttentionArgs& args);
+
+// y = act(x), or y = act(x) * gate when gate is not null; elementwise over [rows, width].
+struct ActivationArgs {
+  model::Activation kind = model::Activation::kSilu;
+  const float* x = nullptr;
+  const float* gate = nullptr;
+  float* y = nullptr;  // may be x
+  int64_t count = 0;   // elements
+};
+void activation_reference(const ActivationArgs& args);
+
+// cosine of row i with row prev[i]; -2 where prev[i] < 0 or a norm is zero or not finite. out [rows].
+struct SimilarityArgs {
+  const float* x = nullptr;  // [rows, width]
+  int64_t stride = 0;
+  int64_t rows = 0, width = 0;
+  const int32_t* prev = nullptr;
+  float* out = nullptr;
+};
+void similarity_reference(const SimilarityArgs& args);
+
+}  // namespace fq::ops
