@@ -21,7 +21,7 @@ if(framequilt_hwy_include AND framequilt_hwy_library)
   endif()
   framequilt_dependency_found(highway framequilt_hwy "${framequilt_hwy_library}")
 elseif(FRAMEQUILT_FETCH_DEPS)
-  framequilt_dependency_fetch(highway https://github.com/google/highway.git @HWY@
+  framequilt_dependency_fetch(highway https://github.com/google/highway.git 457c891775a7397bdb0376bb1031e6e027af1c48
     HWY_ENABLE_TESTS=OFF HWY_ENABLE_EXAMPLES=OFF HWY_ENABLE_CONTRIB=OFF HWY_ENABLE_INSTALL=OFF)
   framequilt_dependency_found(highway hwy "downloaded, 1.2.0")
 else()

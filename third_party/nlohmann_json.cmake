@@ -16,7 +16,7 @@ if(EXISTS "${framequilt_nlohmann_json_dir}/include/nlohmann/json.hpp")
     INTERFACE "${framequilt_nlohmann_json_dir}/include")
   framequilt_dependency_found(nlohmann_json framequilt_nlohmann_json "pip package")
 elseif(FRAMEQUILT_FETCH_DEPS)
-  framequilt_dependency_fetch(nlohmann_json https://github.com/nlohmann/json.git @JSON@
+  framequilt_dependency_fetch(nlohmann_json https://github.com/nlohmann/json.git 9cca280a4d0ccf0c08f47a99aa71d1b0e52f8d03
     JSON_BuildTests=OFF JSON_Install=OFF)
   framequilt_dependency_found(nlohmann_json nlohmann_json::nlohmann_json "downloaded, 3.11.3")
 else()

@@ -12,7 +12,7 @@ if(framequilt_pcre2_include AND framequilt_pcre2_library)
     INTERFACE_COMPILE_DEFINITIONS PCRE2_CODE_UNIT_WIDTH=8)
   framequilt_dependency_found(pcre2 framequilt_pcre2 "${framequilt_pcre2_library}")
 elseif(FRAMEQUILT_FETCH_DEPS)
-  framequilt_dependency_fetch(pcre2 https://github.com/PCRE2Project/pcre2.git @PCRE@
+  framequilt_dependency_fetch(pcre2 https://github.com/PCRE2Project/pcre2.git 6ae58beca071f13ccfed31d03b3f479ab520639b
     PCRE2_BUILD_PCRE2_8=ON PCRE2_SUPPORT_JIT=ON PCRE2_SUPPORT_UNICODE=ON
     PCRE2_BUILD_PCRE2GREP=OFF PCRE2_BUILD_TESTS=OFF BUILD_SHARED_LIBS=OFF)
   target_compile_definitions(pcre2-8-static INTERFACE PCRE2_CODE_UNIT_WIDTH=8 PCRE2_STATIC)

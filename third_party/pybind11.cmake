@@ -13,9 +13,9 @@ endif()
 if(pybind11_FOUND)
   message(STATUS "pybind11: ${pybind11_VERSION}, ${pybind11_DIR}")
 elseif(FRAMEQUILT_FETCH_DEPS)
-  framequilt_dependency_fetch(pybind11 https://github.com/pybind/pybind11.git @PYBIND@
+  framequilt_dependency_fetch(pybind11 https://github.com/pybind/pybind11.git f5fbe867d2d26e4a0a9177a51f6e568868ad3dc8
     PYBIND11_INSTALL=OFF PYBIND11_TEST=OFF)
-  message(STATUS "pybind11: downloaded")
+  message(STATUS "pybind11: downloaded, 3.0.1")
 else()
   message(FATAL_ERROR "pybind11 >= 2.13 was not found. Install it with `pip install pybind11` "
                       "(Debian 12's pybind11-dev is too old) or configure with "

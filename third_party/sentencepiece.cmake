@@ -13,7 +13,7 @@ if(framequilt_sentencepiece_include AND framequilt_sentencepiece_library)
   framequilt_dependency_found(sentencepiece framequilt_sentencepiece
     "${framequilt_sentencepiece_library}")
 elseif(FRAMEQUILT_FETCH_DEPS)
-  framequilt_dependency_fetch(sentencepiece https://github.com/google/sentencepiece.git @SPM@
+  framequilt_dependency_fetch(sentencepiece https://github.com/google/sentencepiece.git 17d7580d6407802f85855d2cc9190634e2c95624
     SPM_ENABLE_SHARED=OFF SPM_ENABLE_TCMALLOC=OFF)
   target_include_directories(sentencepiece-static
     INTERFACE $<BUILD_INTERFACE:${sentencepiece_SOURCE_DIR}/src>)
