@@ -5,9 +5,9 @@ Floors, from the ground up; a file includes only from its own floor or below:
     include, core < model, text < quant < ops, kv < backend < blocks, reduction < runtime
     < capi, python/bindings
 
-On top of that: public headers and engine/tools include public headers only (they must work where the
-library is installed); backend/<one> and backend/<other> do not know each other; the engine names no
-model family; files stay short; nothing is left as a note to do later.
+On top of that: public headers and engine/tools include public headers only (they must work where
+the library is installed); backend/<one> and backend/<other> do not know each other; the engine
+names no model family; files stay short; nothing is left as a note to do later.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ FAMILIES = re.compile(
 )
 NOTES = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME)\b")
 INCLUDE = re.compile(r'^\s*#\s*include\s*(?:"(?P<quoted>[^"]+)"|<(?P<angled>[^>]+)>)')
-THIRD_PARTY = re.compile(r"^(?:hwy|nlohmann|gtest|gmock|pybind11)/|^(?:pcre2|sentencepiece_\w+)\.h$")
+THIRD_PARTY = re.compile(
+    r"^(?:hwy|nlohmann|gtest|gmock|pybind11)/|^(?:pcre2|sentencepiece_\w+)\.h$"
+)
 
 
 def _code_files(root: Path) -> Iterator[Path]:
@@ -61,7 +63,7 @@ def _area(parts: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _resolve(root: Path, name: str) -> Path | None:
-    """The file of this repository that an include names, relative to the root; None if there is none."""
+    """The file of this repository that an include names, relative to the root, or None."""
     for base in ("engine", "engine/include", "python"):
         if (root / base / name).is_file():
             return Path(base) / name

@@ -28,7 +28,7 @@ def test_this_tree_breaks_no_rule(rule):
     assert not found, "\n".join(found)
 
 
-# --- the checker itself, on trees made to break one rule each -----------------------------------------
+# --- the checker itself, on trees made to break one rule each ------------------------------------
 
 
 @pytest.fixture
