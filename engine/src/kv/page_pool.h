@@ -61,8 +61,10 @@ class PageTable {
 
   int64_t length() const { return length_; }
   // Makes room for `tokens` more (takes promised pages; copies a shared last page first) and advances the length.
-  // Returns the pages taken.
+  // Returns the pages taken, or -1 with nothing changed when the pool holds fewer promises than that.
   int64_t append(int64_t tokens);
+  // Pages that append(tokens) would take now: the new ones, and one for the copy of a shared last page.
+  int64_t pages_to_append(int64_t tokens) const;
   std::byte* const* pages() const { return data_.data(); }
   std::span<const PageId> ids() const { return ids_; }
   // Pages needed to append `tokens` to a table of length `length`.
@@ -72,6 +74,8 @@ class PageTable {
   void clear();
 
  private:
+  bool last_page_is_shared() const;
+
   PagePool* pool_;
   int page_tokens_;
   int64_t length_ = 0;
