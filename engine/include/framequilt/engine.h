@@ -23,6 +23,7 @@ struct EngineOptions {
   std::string simd = "";            // "" best available | "scalar" (references) | a Highway target name, for tests
   uint32_t page_shuffle_seed = 0;   // tests: hand out pages in a shuffled order
   bool manual_step = false;         // true: no engine thread, the caller drives step()
+  bool text = true;                 // false: no tokenizer is opened; events carry tokens only, stop strings are refused
 };
 
 // Where a model's memory goes, before anything is allocated.
@@ -48,6 +49,7 @@ class Engine;
 // The receiving end of one request. Movable; leaving it cancels the request. One consumer thread at a time.
 class Stream {
  public:
+  struct Impl;
   Stream();
   ~Stream();
   Stream(Stream&&) noexcept;
@@ -65,13 +67,14 @@ class Stream {
 
  private:
   friend class Engine;
-  struct Impl;
   explicit Stream(std::shared_ptr<Impl> impl);
   std::shared_ptr<Impl> impl_;
 };
 
 class Engine {
  public:
+  class Impl;
+
   // Binds every block to kernels, reserves the KV pool. Errors: invalid_argument, unsupported, out_of_memory.
   static Result<std::unique_ptr<Engine>> create(std::shared_ptr<const Model> model, const EngineOptions& options = {});
   // Cancels what runs, waits for the engine thread.
@@ -96,9 +99,8 @@ class Engine {
   void close();
 
  private:
-  class Impl;
-  explicit Engine(std::unique_ptr<Impl> impl);
-  std::unique_ptr<Impl> impl_;
+  explicit Engine(std::shared_ptr<Impl> impl);
+  std::shared_ptr<Impl> impl_;  // shared with streams, which may outlive the engine
 };
 
 }  // namespace fq

@@ -1,0 +1,69 @@
+// Attention blocks of pre-norm layers. DecoderAttention is causal over paged KV of several sequences;
+// EncoderAttention is full attention inside blocks of rows (frames of a vision tower).
+#pragma once
+
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "src/blocks/layers.h"
+#include "src/quant/kv_format.h"
+
+namespace fq::blocks {
+
+// Consecutive rows of one sequence inside a batch of rows, and the KV of the layer they attend to.
+struct KvSegment {
+  int64_t row = 0;    // first row in the batch
+  int64_t rows = 0;
+  int64_t begin = 0;  // tokens in the layer's KV before these rows
+  std::byte* const* pages = nullptr;  // already long enough for begin + rows tokens
+};
+
+class DecoderAttention {
+ public:
+  static Result<DecoderAttention> bind(const Binder& binder, const std::string& layer, const model::DecoderSpec& spec,
+                                       const quant::KvPageLayout& layout, const float* inv_freq);
+
+  int64_t scratch_floats(int64_t rows) const;
+  // x[rows, hidden] += o(attention(...)). Appends K and V of every row to its segment's pages first.
+  // `items` is scratch for one AttentionArgs per segment, reused between calls.
+  void forward(float* x, int64_t rows, const int32_t* positions, std::span<const KvSegment> segments, float* scratch,
+               std::vector<ops::AttentionArgs>* items, ThreadPool& pool) const;
+
+  // Queries (after rope) of x[rows, hidden] into q[rows, heads*head_dim], for importance(). scratch: rows * hidden.
+  void queries(const float* x, int64_t rows, const int32_t* positions, float* q, float* scratch,
+               ThreadPool& pool) const;
+  // Mean attention that the tokens of the KV received from `count` query rows (the last ones). out[length].
+  void importance(const float* q, int count, std::byte* const* pages, int64_t length, float* out,
+                  ThreadPool& pool) const;
+
+ private:
+  model::AttentionSpec spec_;
+  int hidden_ = 0;
+  const quant::KvPageLayout* layout_ = nullptr;
+  ops::RopeTable rope_table_;
+  std::optional<Norm> norm_;
+  std::optional<Linear> q_, k_, v_, o_;
+  backend::RopeFn rope_ = nullptr;
+  backend::KvAppendFn append_ = nullptr;
+  backend::AttentionFn attention_ = nullptr;
+  backend::ImportanceFn importance_ = nullptr;
+};
+
+class EncoderAttention {
+ public:
+  static Result<EncoderAttention> bind(const Binder& binder, const std::string& layer, const model::VisionSpec& spec);
+
+  int64_t scratch_floats(int64_t rows) const;
+  // x[blocks * tokens, hidden] in place.
+  void forward(float* x, int64_t blocks, int64_t tokens, float* scratch, ThreadPool& pool) const;
+
+ private:
+  model::AttentionSpec spec_;
+  int hidden_ = 0;
+  std::optional<Norm> norm_;
+  std::optional<Linear> q_, k_, v_, o_;
+  backend::EncoderAttentionFn attention_ = nullptr;
+};
+
+}  // namespace fq::blocks

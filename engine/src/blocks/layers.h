@@ -1,0 +1,58 @@
+// Linears and norms bound to their weights and kernels: the pieces that every block is made of. Bound once, when an
+// engine is created; immutable afterwards. Weights stay in the mapped model file.
+#pragma once
+
+#include <string>
+
+#include "framequilt/status.h"
+#include "src/backend/backend.h"
+#include "src/model/directory.h"
+#include "src/quant/linear_weights.h"
+
+namespace fq::blocks {
+
+// Where blocks find their weights and kernels while they are being bound.
+struct Binder {
+  const model::ModelDirectory& directory;
+  const backend::Backend& backend;
+};
+
+class Linear {
+ public:
+  static Result<Linear> bind(const Binder& binder, const std::string& slot, bool bias);
+
+  int out() const { return weights_.out; }
+  int in() const { return weights_.in; }
+  const quant::LinearWeights& weights() const { return weights_; }
+
+  // y[rows, out] = (or +=) x[rows, in] W^T + bias
+  void run(const float* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride, bool accumulate,
+           ThreadPool& pool) const {
+    fn_({.x = x, .x_stride = x_stride, .rows = rows, .w = &weights_, .y = y, .y_stride = y_stride,
+         .accumulate = accumulate},
+        pool);
+  }
+
+ private:
+  quant::LinearWeights weights_;
+  backend::LinearFn fn_ = nullptr;
+};
+
+class Norm {
+ public:
+  static Result<Norm> bind(const Binder& binder, const std::string& slot, const model::NormSpec& spec, int width);
+
+  // y[rows, width] = norm(x[rows, width]); y may be x.
+  void run(const float* x, float* y, int64_t rows, ThreadPool& pool) const {
+    fn_({.x = x, .y = y, .rows = rows, .width = width_, .weight = weight_, .bias = bias_, .eps = eps_}, pool);
+  }
+
+ private:
+  int width_ = 0;
+  const float* weight_ = nullptr;
+  const float* bias_ = nullptr;
+  float eps_ = 0;
+  backend::NormFn fn_ = nullptr;
+};
+
+}  // namespace fq::blocks

@@ -1,0 +1,39 @@
+// The shared end of a request's event queue: the engine thread pushes, one consumer takes.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+
+#include "framequilt/engine.h"
+
+namespace fq {
+
+struct Stream::Impl {
+  explicit Impl(uint64_t request_id) : id(request_id) {}
+
+  // Engine thread. After the finishing event nothing may be pushed.
+  void push(Event event) {
+    {
+      std::lock_guard lock(mutex);
+      if (finish_pushed) return;
+      finish_pushed = event.finish != FinishReason::kNone;
+      events.push_back(std::move(event));
+    }
+    changed.notify_all();
+  }
+
+  const uint64_t id;
+  std::atomic<bool> cancel{false};
+  std::weak_ptr<Engine::Impl> engine;  // set by submit; to wake it, or to drive a manual one
+
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::deque<Event> events;     // guarded by mutex
+  bool finish_pushed = false;   // guarded by mutex
+  bool finish_taken = false;    // guarded by mutex
+};
+
+}  // namespace fq
