@@ -1,6 +1,6 @@
-// The op table: how blocks reach kernels. A backend is found by name and asked once, at bind time, for each op; what
-// it does not have is an error that names what there is, never a slower substitute.
-// Kernels are called by the engine thread only and spread over the pool themselves.
+// The op table: how blocks reach kernels. A backend is found by name and asked once, at bind time,
+// for each op; what it does not have is an error that names what there is, never a slower
+// substitute. Kernels are called by the engine thread only and spread over the pool themselves.
 #pragma once
 
 #include <memory>
@@ -40,9 +40,10 @@ class Backend {
   virtual Result<SimilarityFn> similarity() const = 0;
 };
 
-// `simd`: "" best target of this machine; "scalar": the references; else a target that this build and machine have
-// ("sse4", "avx2", "avx3", "avx3_dl", "neon", ...). Errors: invalid_argument listing the targets.
-// One target per process at a time (dispatch is global); tests switch between runs.
+// `simd`: "" best target of this machine; "scalar": the references; else a target that this build
+// and machine have
+// ("sse4", "avx2", "avx3", "neon"). Errors: invalid_argument listing the targets. Backends of
+// several targets may live side by side. Any thread.
 Result<std::unique_ptr<const Backend>> make_cpu_backend(const std::string& simd);
 std::vector<std::string> cpu_targets();
 

@@ -1,12 +1,16 @@
-// Contracts of the ops that blocks are made of. Every op has a scalar reference here (`*_reference`, in ops/*.cc) and
-// fast versions in a backend, tested against it. All activations are float32, rows are flat: [rows, width], a row
-// starts every `stride` floats. Nothing here owns memory; nothing fails: shapes were checked when blocks were bound.
+// Contracts of the ops that blocks are made of. Every op has a scalar reference here
+// (`*_reference`, in ops/*.cc) and fast versions in a backend, tested against it. All activations
+// are float32, rows are flat: [rows, width], a row starts every `stride` floats. Nothing here owns
+// memory; nothing fails: shapes were checked when blocks were bound.
 //
-// Determinism: the value of one output row depends on that row's inputs only, never on how many rows, in which tile
-// or on which thread it is computed. So fast kernels accumulate each output in one fixed order over its reduction axis:
-//   linear:     one float32 accumulator per output, inputs in ascending order, fused multiply-add of the dequantized
-//               weight; then + bias; then, if `accumulate`, + the old value of y.
-//   attention:  scores one accumulator over dims ascending; softmax online over pages ascending (see attention.cc).
+// Determinism: the value of one output row depends on that row's inputs only, never on how many
+// rows, in which tile or on which thread it is computed. So fast kernels accumulate each output in
+// one fixed order over its reduction axis:
+//   linear:     one float32 accumulator per output, inputs in ascending order, fused multiply-add
+//               of the dequantized weight; then + bias; then, if `accumulate`, + the old value.
+//   attention:  scores one accumulator over dims ascending; softmax online over pages ascending
+//               (see attention.cc).
+//   norms, similarity: 16 interleaved partial sums (see math.h).
 #pragma once
 
 #include <cstdint>
@@ -23,9 +27,9 @@ struct LinearArgs {
   int64_t x_stride = 0;
   int64_t rows = 0;
   const quant::LinearWeights* w = nullptr;
-  float* y = nullptr;        // [rows, out]
+  float* y = nullptr;  // [rows, out]
   int64_t y_stride = 0;
-  bool accumulate = false;   // y += instead of y =
+  bool accumulate = false;  // y += instead of y =
 };
 void linear_reference(const LinearArgs& args);
 
@@ -37,10 +41,12 @@ struct NormArgs {
   const float* bias = nullptr;  // layer norm only
   float eps = 0;
 };
-void rms_norm_reference(const NormArgs& args);    // y = x / sqrt(mean(x^2) + eps) * weight
-void layer_norm_reference(const NormArgs& args);  // y = (x - mean) / sqrt(var + eps) * weight + bias
+void rms_norm_reference(const NormArgs& args);  // y = x / sqrt(mean(x^2) + eps) * weight
+// y = (x - mean) / sqrt(var + eps) * weight + bias
+void layer_norm_reference(const NormArgs& args);
 
-// Rotary table: cos and sin of position * inv_freq[i], computed in float32 like the published models.
+// Rotary table: cos and sin of position * inv_freq[i], computed in float32 like the published
+// models.
 struct RopeTable {
   const float* inv_freq = nullptr;  // [dims/2]
   int dims = 0;
@@ -74,12 +80,12 @@ struct KvAppendArgs {
 };
 void kv_append_reference(const KvAppendArgs& args);
 
-// Causal attention of consecutive rows of one sequence over its pages: row i sees tokens [0, begin + i].
-// out = softmax(scale * q K^T) V. GQA: query head h reads kv head h / (heads / kv_heads).
+// Causal attention of consecutive rows of one sequence over its pages: row i sees tokens [0, begin
+// + i]. out = softmax(scale * q K^T) V. GQA: query head h reads kv head h / (heads / kv_heads).
 struct AttentionArgs {
   const float* q = nullptr;  // [rows, heads * head_dim]
   int64_t q_stride = 0;
-  float* out = nullptr;      // [rows, heads * head_dim]
+  float* out = nullptr;  // [rows, heads * head_dim]
   int64_t out_stride = 0;
   int64_t rows = 0;
   int64_t begin = 0;
@@ -89,8 +95,9 @@ struct AttentionArgs {
 };
 void attention_reference(const AttentionArgs& args);
 
-// Importance for token reduction: mean over heads and queries of the softmax probabilities of the given query rows
-// (the last ones of the sequence: query i sees tokens [0, kv.length - queries + i]). out [kv.length].
+// Importance for token reduction: mean over heads and queries of the softmax probabilities of the
+// given query rows (the last ones of the sequence: query i sees tokens [0, kv.length - queries +
+// i]). out [kv.length].
 struct ImportanceArgs {
   const float* q = nullptr;  // [queries, heads * head_dim], after rope
   int64_t q_stride = 0;
@@ -102,7 +109,8 @@ struct ImportanceArgs {
 };
 void importance_reference(const ImportanceArgs& args);
 
-// Full (non-causal) attention inside independent blocks of `tokens` rows (frames of a vision tower), unpaged.
+// Full (non-causal) attention inside independent blocks of `tokens` rows (frames of a vision
+// tower), unpaged.
 struct EncoderAttentionArgs {
   const float* q = nullptr;  // [blocks * tokens, heads * head_dim]
   const float* k = nullptr;
@@ -125,7 +133,8 @@ struct ActivationArgs {
 };
 void activation_reference(const ActivationArgs& args);
 
-// cosine of row i with row prev[i]; -2 where prev[i] < 0 or a norm is zero or not finite. out [rows].
+// cosine of row i with row prev[i]; -2 where prev[i] < 0 or a norm is zero or not finite. out
+// [rows].
 struct SimilarityArgs {
   const float* x = nullptr;  // [rows, width]
   int64_t stride = 0;

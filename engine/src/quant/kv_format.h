@@ -1,10 +1,12 @@
-// Number formats of the KV cache and the layout of a page. A page holds kPageTokens tokens of ONE layer.
-// Layout (normative in engine/CONTRACT.md, "KV pages"): for each kv head, contiguous, 64-byte aligned:
-//   K transposed: [head_dim][64] elements (kv4: [head_dim/2][64] bytes, dim 2i in the low nibble, 2i+1 in the high)
-//   V token-major: [64][head_dim]      (kv4: [64][head_dim/2] bytes, dim i in the low nibble, i+head_dim/2 high)
-//   kv8, kv4 only: K scale [groups][64] f32, K zero [groups][64] f32, V scale [64][groups] f32, V zero [64][groups] f32
-// kv32 stores float32, kv16 IEEE half. Quantization: asymmetric, per token and kv head, groups along head_dim
-// (specs/quantization section 1.5), range extended to include zero.
+// Number formats of the KV cache and the layout of a page. A page holds kPageTokens tokens of ONE
+// layer. Layout (normative in engine/CONTRACT.md, "KV pages"): for each kv head, contiguous,
+// 64-byte aligned:
+//   K transposed: [head_dim][64] elements (kv4: [head_dim/2][64] bytes, dim 2i in the low nibble,
+//   2i+1 in the high) V token-major: [64][head_dim]      (kv4: [64][head_dim/2] bytes, dim i in the
+//   low nibble, i+head_dim/2 high) kv8, kv4 only: K scale [groups][64] f32, K zero [groups][64]
+//   f32, V scale [64][groups] f32, V zero [64][groups] f32
+// kv32 stores float32, kv16 IEEE half. Quantization: asymmetric, per token and kv head, groups
+// along head_dim (specs/quantization section 1.5), range extended to include zero.
 #pragma once
 
 #include <cstddef>
@@ -19,8 +21,8 @@ namespace fq::quant {
 inline constexpr int kPageTokens = 64;
 
 struct KvFormat {
-  int bits = 16;    // 32, 16, 8, 4
-  int group = 0;    // requested group for 8 and 4 bits; 0: min(128, head_dim)
+  int bits = 16;             // 32, 16, 8, 4
+  int group = 0;             // requested group for 8 and 4 bits; 0: min(128, head_dim)
   std::string name() const;  // "kv8"
 };
 
@@ -40,8 +42,9 @@ struct KvPageLayout {
   static Result<KvPageLayout> make(KvFormat format, int kv_heads, int head_dim);
 };
 
-// Asymmetric round-to-nearest of one group (specs/quantization section 1.1), float32, round half to even.
-// include_zero extends the range to contain 0 (production default); false is the reference's range.
+// Asymmetric round-to-nearest of one group (specs/quantization section 1.1), float32, round half to
+// even. include_zero extends the range to contain 0 (production default); false is the reference's
+// range.
 struct AffineParams {
   float scale;
   float zero;
@@ -49,9 +52,12 @@ struct AffineParams {
 AffineParams affine_params(const float* x, int n, int bits, bool include_zero);
 uint8_t affine_code(float x, AffineParams p, int bits);
 
-// Scalar reference of appending one token: writes k[kv_heads, head_dim], v[kv_heads, head_dim] at `slot` of a page.
-void kv_write_reference(const KvPageLayout& layout, std::byte* page, int slot, const float* k, const float* v);
+// Scalar reference of appending one token: writes k[kv_heads, head_dim], v[kv_heads, head_dim] at
+// `slot` of a page.
+void kv_write_reference(const KvPageLayout& layout, std::byte* page, int slot, const float* k,
+                        const float* v);
 // Scalar reference of reading one token of one head back as float32.
-void kv_read_reference(const KvPageLayout& layout, const std::byte* page, int slot, int head, float* k, float* v);
+void kv_read_reference(const KvPageLayout& layout, const std::byte* page, int slot, int head,
+                       float* k, float* v);
 
 }  // namespace fq::quant

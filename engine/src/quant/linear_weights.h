@@ -1,5 +1,6 @@
 // Weights of one linear as the kernels read them: a view into the mapped model file.
-// Layouts are normative in engine/CONTRACT.md ("Weight formats"); quantizer and fake-quant reference are beside it.
+// Layouts are normative in engine/CONTRACT.md ("Weight formats"); quantizer and fake-quant
+// reference are beside it.
 #pragma once
 
 #include <cstdint>
@@ -11,28 +12,31 @@
 
 namespace fq::quant {
 
-inline constexpr int kTileRows = 8;     // output rows interleaved in one tile
-inline constexpr int kRowPadding = 16;  // output rows are padded to this with zero scales / zero weights
+inline constexpr int kTileRows = 8;  // output rows interleaved in one tile
+inline constexpr int kRowPadding =
+    16;  // output rows are padded to this with zero scales / zero weights
 inline constexpr int kInputPadding = 32;  // affine codes are padded along the input to this
 
 struct LinearWeights {
   model::WeightFormat format;
   int out = 0, in = 0;
-  int tiles = 0;   // ceil(out / 16) * 2
-  int groups = 1;  // kAffine: ceil(in / group)
-  int group = 0;   // kAffine: inputs per group (== padded in when per row)
-  const void* data = nullptr;     // codes (U8), BF16 or F32 tiles
-  const void* scales = nullptr;   // kAffine: F16 or F32 [tiles, groups, 8]
-  const uint8_t* zeros = nullptr;  // kAffine asymmetric: U8 [tiles, groups, 8]; symmetric: zero is 2^(bits-1)
-  const float* bias = nullptr;    // [out] or nullptr
-  int64_t bytes = 0;              // of data + scales + zeros, for reports
+  int tiles = 0;                 // ceil(out / 16) * 2
+  int groups = 1;                // kAffine: ceil(in / group)
+  int group = 0;                 // kAffine: inputs per group (== padded in when per row)
+  const void* data = nullptr;    // codes (U8), BF16 or F32 tiles
+  const void* scales = nullptr;  // kAffine: F16 or F32 [tiles, groups, 8]
+  const uint8_t* zeros =
+      nullptr;  // kAffine asymmetric: U8 [tiles, groups, 8]; symmetric: zero is 2^(bits-1)
+  const float* bias = nullptr;  // [out] or nullptr
+  int64_t bytes = 0;            // of data + scales + zeros, for reports
 
   int padded_in() const { return (in + kInputPadding - 1) / kInputPadding * kInputPadding; }
 };
 
 // Finds and checks the tensors of slot `name` ("decoder.layers.0.attention.q").
 // Errors: not_found, corrupt_model (shapes, dtypes), unsupported.
-Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const std::string& name, bool bias);
+Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const std::string& name,
+                                  bool bias);
 
 // Scalar references. One weight / one output row as float32 (in order of the input axis).
 float weight_at(const LinearWeights& w, int row, int col);

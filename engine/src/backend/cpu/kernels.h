@@ -1,0 +1,33 @@
+// The kernels of one SIMD target, and the families that fill the table. A table is plain function
+// pointers: backends of different targets live side by side.
+#pragma once
+
+#include <array>
+
+#include "src/backend/backend.h"
+
+namespace fq::backend::cpu {
+
+struct Kernels {
+  LinearFn linear_f32 = nullptr, linear_bf16 = nullptr, linear_w8 = nullptr, linear_w4 = nullptr;
+  NormFn rms_norm = nullptr, layer_norm = nullptr;
+  RopeFn rope = nullptr;
+  KvAppendFn kv_append = nullptr;   // reads the number format from the layout
+  AttentionFn attention = nullptr;  // likewise
+  ImportanceFn importance = nullptr;
+  EncoderAttentionFn encoder_attention = nullptr;
+  std::array<ActivationFn, 4> activation = {};  // by model::Activation
+  SimilarityFn similarity = nullptr;
+};
+
+// The scalar references, spread over the pool by rows.
+Kernels scalar_kernels();
+
+// Each fills its part with the functions of the target that Highway has chosen at the time of the
+// call; simd_kernels() in targets.cc chooses it.
+void fill_linear_kernels(Kernels& kernels);
+void fill_row_kernels(Kernels& kernels);  // norms, rope, activations, similarity
+void fill_kv_append_kernels(Kernels& kernels);
+void fill_attention_kernels(Kernels& kernels);  // attention, importance, encoder attention
+
+}  // namespace fq::backend::cpu

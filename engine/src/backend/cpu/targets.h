@@ -1,0 +1,25 @@
+// Which SIMD targets this build and machine have.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "src/backend/cpu/kernels.h"
+
+namespace fq::backend::cpu {
+
+inline constexpr int kMaxHeadDim = 512;
+
+struct Target {
+  std::string name;     // lower case: "avx2"
+  int64_t highway = 0;  // its bit in Highway
+};
+
+// Best first; without the one-lane fallback, whose place the references take.
+std::vector<Target> simd_targets();
+
+// The kernels of one of simd_targets(). Any thread.
+Kernels simd_kernels(const Target& target);
+
+}  // namespace fq::backend::cpu
