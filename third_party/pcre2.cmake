@@ -14,7 +14,7 @@ if(framequilt_pcre2_include AND framequilt_pcre2_library)
 elseif(FRAMEQUILT_FETCH_DEPS)
   framequilt_dependency_fetch(pcre2 https://github.com/PCRE2Project/pcre2.git 6ae58beca071f13ccfed31d03b3f479ab520639b
     PCRE2_BUILD_PCRE2_8=ON PCRE2_SUPPORT_JIT=ON PCRE2_SUPPORT_UNICODE=ON
-    PCRE2_BUILD_PCRE2GREP=OFF PCRE2_BUILD_TESTS=OFF BUILD_SHARED_LIBS=OFF)
+    PCRE2_BUILD_PCRE2GREP=OFF PCRE2_BUILD_TESTS=OFF PCRE2_STATIC_PIC=ON)
   target_compile_definitions(pcre2-8-static INTERFACE PCRE2_CODE_UNIT_WIDTH=8 PCRE2_STATIC)
   framequilt_dependency_found(pcre2 pcre2-8-static "downloaded, 10.44")
 else()
