@@ -37,10 +37,10 @@ class NativeEngine(Protocol):
 
 
 class NativeModel(Protocol):
-    """An opened model directory."""
+    """An opened model directory; every file of it has been checked against its description."""
 
     @property
-    def config_json(self) -> str: ...
+    def weight_bytes(self) -> int: ...
 
 
 class NativeModule(Protocol):

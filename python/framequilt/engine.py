@@ -202,8 +202,9 @@ class ResultStream:
     Leaving the `with` block, closing or dropping the stream before its end cancels the request.
     """
 
-    def __init__(self, native: _native.NativeStream) -> None:
+    def __init__(self, native: _native.NativeStream, vocab: int) -> None:
         self._native = native
+        self._vocab = vocab
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -241,7 +242,7 @@ class ResultStream:
         if error is not None:
             self._over = True
             raise errors.from_code(*error)
-        piece = StreamPiece.of(event)
+        piece = StreamPiece.of(event, self._vocab)
         self._keep(piece)
         return piece
 
@@ -340,7 +341,10 @@ class Engine:
         self._lock = threading.Lock()
         self._engine: _native.NativeEngine | None = None
         opened = native.Model.open(str(self._directory), verify_checksums=verify)
-        self._config: dict[str, Any] = json.loads(opened.config_json)
+        self._config: dict[str, Any] = json.loads(  # the native engine has checked it
+            (self._directory / "config.json").read_text(encoding="utf-8")
+        )
+        self._vocab = int(self._config["decoder"]["vocab"])
         tokens = self._config["tokens"]
         self._tokenizer = Tokenizer.open(self._directory, tokens["tokenizer"])
         template = self._directory / "chat_template.jinja"
@@ -469,7 +473,7 @@ class Engine:
     def submit(self, request: Request) -> ResultStream:
         """Prepares a request, hands it to the engine and returns its stream."""
         engine = self._running()
-        return ResultStream(engine.submit(self.prepare(request)))
+        return ResultStream(engine.submit(self.prepare(request)), self._vocab)
 
     def prompt_logits(self, prompt: str | Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits of every row of a raw prompt, float32 [tokens, vocab]; row i predicts i + 1."""

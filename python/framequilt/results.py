@@ -105,7 +105,8 @@ class StreamPiece:
 
     `text` is complete UTF-8 and may be empty; `token` is None in an event that only finishes;
     `finish_reason` is "" until the last piece ("stop", "length" or "cancelled"), which carries
-    `usage`. `logits` is float32 [vocab], if asked.
+    `usage`. If asked, `logits` is float32 [vocab] and the last piece's `prompt_logits` float32
+    [prompt rows, vocab].
     """
 
     text: str
@@ -117,9 +118,12 @@ class StreamPiece:
     prompt_logits: Logits | None = None
 
     @classmethod
-    def of(cls, event: Mapping[str, Any]) -> StreamPiece:
-        """From the dictionary of the compiled engine."""
+    def of(cls, event: Mapping[str, Any], vocab: int) -> StreamPiece:
+        """From the dictionary of the compiled engine, whose prompt logits are one flat array."""
         token = int(event["token"])
+        prompt_logits = event.get("prompt_logits")
+        if prompt_logits is not None:
+            prompt_logits = np.asarray(prompt_logits).reshape(-1, vocab)
         logprob = None
         if event.get("logprob") is not None:
             chosen, value = event["logprob"]
@@ -133,7 +137,7 @@ class StreamPiece:
             logits=event.get("logits"),
             finish_reason=event["finish"],
             usage=Usage.of(usage) if usage is not None else None,
-            prompt_logits=event.get("prompt_logits"),
+            prompt_logits=prompt_logits,
         )
 
 

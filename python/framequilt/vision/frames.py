@@ -120,14 +120,15 @@ class _Clip:
 
     def __init__(self, source: str | IO[bytes], name: str) -> None:
         self._av = _import_av()
+        # What PyAV raises on damaged data: its own errors, and Python's from values it converts.
+        self.failures = (self._av.error.FFmpegError, ValueError, OverflowError, RuntimeError)
         self._source = source
-        self._name = name
+        self.name = name
         self._container: Any = None
         self._stream: Any = None
         self.pts: list[int] = []
         self._keyframes: list[int] = []  # their pts, sorted
         self._timed = True
-        self.decode_errors = 0
 
     def __enter__(self) -> _Clip:
         self._open()
@@ -151,10 +152,12 @@ class _Clip:
         if not isinstance(self._source, str):
             self._source.seek(0)
         try:
-            self._container = self._av.open(self._source, options=dict(_OPTIONS))
-        except self._av.error.FFmpegError as cause:
+            self._container = self._av.open(
+                self._source, options=dict(_OPTIONS), metadata_errors="replace"
+            )
+        except self.failures as cause:
             raise InvalidArgument(
-                f"{self._name} is not a video file that can be read: {cause.strerror}",
+                f"{self.name} is not a video file that can be read: {cause}",
                 hint="check that the file is complete; ffprobe shows what is wrong with it",
             ) from cause
         videos = self._container.streams.video
@@ -162,13 +165,13 @@ class _Clip:
             kinds = sorted({s.type for s in self._container.streams})
             self.close()
             raise InvalidArgument(
-                f"{self._name} has no video stream (it holds: {', '.join(kinds) or 'nothing'})"
+                f"{self.name} has no video stream (it holds: {', '.join(kinds) or 'nothing'})"
             )
         self._stream = videos[0]
         if self._stream.codec_context is None:
             self.close()
             raise Unsupported(
-                f"{self._name}: no decoder for this video codec",
+                f"{self.name}: no decoder for this video codec",
                 hint="convert the file, for instance with ffmpeg -i in -c:v libx264 out.mp4",
             )
         self._stream.thread_type = "AUTO"
@@ -179,10 +182,10 @@ class _Clip:
         for _ in range(_MAX_PACKETS):
             try:
                 packet = next(packets)
-            except (StopIteration, self._av.error.FFmpegError):
+            except (StopIteration, *self.failures):
                 return
             yield packet
-        raise InvalidArgument(f"{self._name} has more than {_MAX_PACKETS} packets")
+        raise InvalidArgument(f"{self.name} has more than {_MAX_PACKETS} packets")
 
     def _build_index(self) -> None:
         for packet in self._packets():
@@ -204,20 +207,19 @@ class _Clip:
         self.pts.sort()
         self._keyframes.sort()
         if not self.pts:
-            raise InvalidArgument(f"{self._name} has no frames")
+            raise InvalidArgument(f"{self.name} has no frames")
 
     def _decoded(self) -> Iterator[Any]:
         """Frames from the current position on; packets that do not decode are skipped."""
         for packet in self._packets():
             try:
                 frames = packet.decode()
-            except self._av.error.FFmpegError:
-                self.decode_errors += 1
+            except self.failures:
                 continue
             for frame in frames:
                 if frame.width * frame.height > _MAX_PIXELS:
                     raise InvalidArgument(
-                        f"{self._name}: a frame of {frame.width} x {frame.height} is too large"
+                        f"{self.name}: a frame of {frame.width} x {frame.height} is too large"
                     )
                 yield frame
 
@@ -282,7 +284,7 @@ class _Clip:
             if start > position + _SEEK_GAP:
                 try:
                     self._container.seek(self._keyframes[key], stream=self._stream)
-                except self._av.error.FFmpegError:
+                except self.failures:
                     return
                 frames = self._decoded()
             frame = next((f for f in frames if f.pts is not None and f.pts >= target), None)
@@ -395,9 +397,7 @@ def _check_request(
         raise InvalidArgument(f"fps must be in (0, 1000], got {fps}")
     if timestamps is not None:
         if len(timestamps) == 0:
-            raise InvalidArgument("timestamps is empty: it lists the times, in seconds, to look at")
-        if frames is not None and frames < len(timestamps):
-            raise InvalidArgument(f"{len(timestamps)} timestamps, but frames is {frames}")
+            raise InvalidArgument("timestamps is empty; it lists times in seconds")
         for a in timestamps:
             if not (0 <= float(a) < 1e9):
                 raise InvalidArgument(f"a timestamp is a time in seconds >= 0, got {a}")
@@ -423,7 +423,8 @@ def load_frames(
             distances, or all if the clip has fewer.
         fps: frames per second of video to look at. For lists of frames: the rate they were
             taken at (1), all of them are used unless `frames` is smaller.
-        timestamps: for files, the times in seconds to look at; for lists, the time of each frame.
+        timestamps: for files, the times in seconds to look at (`frames` does not thin them); for
+            lists, the time of each frame.
         policy: "fps", "uniform" or "centres", see `framequilt.vision.selection`.
         transform: called with each uint8 [height, width, 3] frame at once after decoding; its
             results are stacked instead of the frames. Without it frames must have one size.
@@ -469,7 +470,10 @@ def _from_file(
         results: dict[int, npt.NDArray[Any]] = {}
         rotation, size = 0, clip.size
         for index, frame in clip.pick(unique):
-            pixels, rotation = _upright(frame)
+            try:
+                pixels, rotation = _upright(frame)
+            except clip.failures:
+                continue
             size = (pixels.shape[1], pixels.shape[0])
             results[index] = pixels if transform is None else transform(pixels)
             if progress is not None:
@@ -477,7 +481,7 @@ def _from_file(
         kept = [(i, t) for i, t in zip(chosen.indices, chosen.times, strict=True) if i in results]
         if not kept:
             raise InvalidArgument(
-                f"no frame of {clip._name} could be decoded",
+                f"no frame of {clip.name} could be decoded",
                 hint="the file is damaged; ffprobe shows what is wrong with it",
             )
         info = ClipInfo(
