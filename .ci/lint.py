@@ -46,7 +46,7 @@ def closure(path: Path, seen: dict[Path, bytes]) -> None:
         return
     seen[path] = path.read_bytes()
     for name in INCLUDE.findall(seen[path].decode("utf-8", "replace")):
-        for base in (ROOT / "engine", ROOT / "engine" / "include", ROOT / "python"):
+        for base in (ROOT / "engine", ROOT / "engine" / "include"):
             closure(base / name, seen)
 
 

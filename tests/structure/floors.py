@@ -38,7 +38,7 @@ FAMILIES = re.compile(
 NOTES = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME)\b")
 INCLUDE = re.compile(r'^\s*#\s*include\s*(?:"(?P<quoted>[^"]+)"|<(?P<angled>[^>]+)>)')
 THIRD_PARTY = re.compile(
-    r"^(?:hwy|nlohmann|gtest|gmock|pybind11)/|^(?:pcre2|sentencepiece_\w+)\.h$"
+    r"^(?:hwy|nlohmann|gtest|gmock|pybind11)/|^(?:pcre2|sentencepiece_\w+|utf8proc)\.h$"
 )
 
 
@@ -64,7 +64,7 @@ def _area(parts: tuple[str, ...]) -> tuple[str, str]:
 
 def _resolve(root: Path, name: str) -> Path | None:
     """The file of this repository that an include names, relative to the root, or None."""
-    for base in ("engine", "engine/include", "python"):
+    for base in ("engine", "engine/include", "python/bindings"):
         if (root / base / name).is_file():
             return Path(base) / name
     return None

@@ -54,7 +54,7 @@ def tree(tmp_path: Path):
 
 
 def _include_of(folder: str) -> str:
-    special = {"include": "framequilt/types.h", "bindings": "bindings/bindings.h"}
+    special = {"include": "framequilt/types.h", "bindings": "bindings.h"}
     return special.get(folder, f"src/{folder}/{folder}.h")
 
 
