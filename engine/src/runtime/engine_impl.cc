@@ -210,6 +210,7 @@ bool Engine::Impl::step() {
   if (runtime::Sequence* sequence = scheduler_->unit_of_work()) run_unit(*sequence);
   run_batch();
   scheduler_->retire();
+  publish_stats();
   std::lock_guard lock(mutex_);
   ++stats_.steps;
   return !scheduler_->empty() || !inbox_.empty();
