@@ -58,17 +58,19 @@ int FrameFusion::importance_queries(int) const {
 
 void FrameFusion::decide(const StageInput& input, RowPlan* plan, ThreadPool& pool) {
   leave_all(plan);
+  if (input.rows <= 1) return;  // decode, or nothing to compare: not a call of the prompt
   ReductionCall call;
   call.call = input.call;
   call.rows_in = static_cast<int>(input.rows);
   call.visual_in = static_cast<int>(visual_);
   call.branch = "noop";
-  // One row is decode (or nothing to compare). Rows that are not the ones this stage was made for
-  // cannot be judged.
-  const bool ours = input.rows == static_cast<int64_t>(slots_.size());
-  if (input.rows > 1 && ours && !merge_done_) {
+  if (prune_done_) {
+    // Nothing changes any more.
+  } else if (input.rows != static_cast<int64_t>(slots_.size())) {
+    miss_budget(&call);  // not the rows that this stage follows: it cannot tell which are visual
+  } else if (!merge_done_) {
     merge(input, plan, &call, pool);
-  } else if (input.rows > 1 && ours && !prune_done_ && input.importance != nullptr) {
+  } else if (input.importance != nullptr) {
     prune(input, plan, &call);
   }
   call.rows_out = plan->unchanged ? call.rows_in : static_cast<int>(plan->keep.size());
