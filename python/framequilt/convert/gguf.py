@@ -149,7 +149,7 @@ class Container:
 
 
 def read_container(path: Path) -> Container:
-    """Parses a GGUF file without reading its weights. Errors: CorruptModel, Unsupported, IoError."""
+    """Parses a GGUF file but for its weights. Errors: CorruptModel, Unsupported, IoError."""
     where = str(path)
     try:
         if not path.stat().st_size:

@@ -8,6 +8,7 @@ first and stored so; storing them as bf16 again loses nothing.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,13 @@ def randomize(model: nn.Module, seed: int, bf16: bool) -> None:
 
 
 def _save(model: Any, path: Path, bf16: bool, **options: Any) -> None:
-    """Writes the files in bf16 or float32 and leaves the model in float32."""
-    if bf16:
-        model.to(torch.bfloat16)
-    model.save_pretrained(path, **options)
-    model.float().eval()
+    """Writes the files in bf16 or float32.
+
+    A copy is converted: the rotary frequencies of the model itself have to stay in float32.
+    """
+    stored = copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
+    stored.save_pretrained(path, **options)
+    model.eval()
 
 
 def _sizes(**changes: Any) -> dict[str, Any]:
