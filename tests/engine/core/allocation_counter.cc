@@ -1,0 +1,21 @@
+// Replaces the global operator new. Alone in its file, so that the compiler does not inline half of
+// a pair.
+#include "tests/engine/core/allocation_counter.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+namespace {
+std::atomic<int64_t> count{0};
+}
+
+void* operator new(size_t bytes) {
+  count.fetch_add(1, std::memory_order_relaxed);
+  if (void* memory = std::malloc(bytes == 0 ? 1 : bytes)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+
+int64_t fq::testing::allocation_count() { return count.load(); }

@@ -1,0 +1,129 @@
+// Parallel loops: every item once, nothing allocated, and results visible to the caller. The tests
+// of hand-over are most useful under ThreadSanitizer.
+#include "src/core/thread_pool.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+#include "tests/engine/core/allocation_counter.h"
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace fq {
+namespace {
+
+class Threads : public ::testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(ThreadPool, Threads, ::testing::Values(1, 2, 3, 8));
+
+TEST_P(Threads, RunEveryItemExactlyOnceWithAValidThread) {
+  ThreadPool pool(GetParam());
+  ASSERT_EQ(pool.threads(), GetParam());
+  for (const int64_t items : {0, 1, 2, 3, 7, 64, 1000}) {
+    std::vector<std::atomic<int>> runs(static_cast<size_t>(items));
+    std::atomic<bool> valid{true};
+    pool.parallel_for(items, [&](int64_t item, int thread) {
+      if (item < 0 || item >= items || thread < 0 || thread >= pool.threads()) valid = false;
+      runs[static_cast<size_t>(item)].fetch_add(1);
+    });
+    EXPECT_TRUE(valid);
+    for (const auto& count : runs) EXPECT_EQ(count.load(), 1);
+  }
+}
+
+// Plain, unsynchronised memory: each loop reads what another thread wrote in the loop before.
+TEST_P(Threads, SeeWhatTheLoopBeforeWrote) {
+  ThreadPool pool(GetParam());
+  constexpr int64_t kItems = 37;
+  std::vector<int64_t> values(kItems, 0), next(kItems, 0);
+  constexpr int kLoops = 3000;
+  for (int loop = 0; loop < kLoops; ++loop) {
+    pool.parallel_for(kItems, [&](int64_t item, int) {
+      next[static_cast<size_t>(item)] = values[static_cast<size_t>((item + 1) % kItems)] + 1;
+    });
+    values.swap(next);
+  }
+  for (const int64_t value : values) EXPECT_EQ(value, kLoops);
+}
+
+// A thread index belongs to one thread during a loop: per-thread scratch memory needs no lock.
+TEST_P(Threads, GiveEachThreadItsOwnScratch) {
+  ThreadPool pool(GetParam());
+  std::vector<int64_t> scratch(static_cast<size_t>(pool.threads()) * 16, 0);
+  int64_t items = 0;
+  for (int loop = 0; loop < 500; ++loop) {
+    pool.parallel_for(loop % 20, [&](int64_t, int thread) { ++scratch[size_t(thread) * 16]; });
+    items += loop % 20;
+  }
+  EXPECT_EQ(std::accumulate(scratch.begin(), scratch.end(), int64_t{0}), items);
+}
+
+TEST_P(Threads, AllocateNothingInALoop) {
+  ThreadPool pool(GetParam());
+  std::atomic<int64_t> sum{0};
+  const auto body = [&](int64_t item, int) { sum.fetch_add(item); };
+  pool.parallel_for(100, body);
+  // Several tries: a worker that starts up late may allocate in the middle of one.
+  int64_t fewest = INT64_MAX;
+  for (int attempt = 0; attempt < 10 && fewest != 0; ++attempt) {
+    const int64_t before = testing::allocation_count();
+    for (int loop = 0; loop < 100; ++loop) pool.parallel_for(100, body);
+    fewest = std::min(fewest, testing::allocation_count() - before);
+  }
+  EXPECT_EQ(fewest, 0);
+}
+
+// One item holds its thread until all others ran: that ends only if a second thread takes items
+// while the first is busy, whichever thread got the held item.
+TEST(ThreadPool, WorkersTakeItemsWhileTheCallerIsBusy) {
+  ThreadPool pool(2);
+  std::atomic<int> others{0};
+  pool.parallel_for(8, [&](int64_t item, int) {
+    if (item != 0) {
+      others.fetch_add(1);
+      return;
+    }
+    while (others.load() < 7) std::this_thread::yield();
+  });
+  EXPECT_EQ(others.load(), 7);
+}
+
+TEST(ThreadPool, IsDestroyedWhetherOrNotItEverRan) {
+  for (int i = 0; i < 50; ++i) {
+    ThreadPool idle(4);
+    ThreadPool used(4);
+    std::atomic<int> count{0};
+    used.parallel_for(4, [&](int64_t, int) { count.fetch_add(1); });
+    EXPECT_EQ(count.load(), 4);
+  }
+}
+
+TEST(ThreadPool, ZeroThreadsMeansTheAvailableCores) {
+  EXPECT_EQ(ThreadPool(0).threads(), available_cores());
+}
+
+#if defined(__linux__)
+TEST(AvailableCores, FollowTheAffinityOfTheProcess) {
+  cpu_set_t before;
+  ASSERT_EQ(sched_getaffinity(0, sizeof(before), &before), 0);
+  int first = 0;
+  while (!CPU_ISSET(first, &before)) ++first;
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(first, &one);
+  ASSERT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+  EXPECT_EQ(available_cores(), 1);
+  ASSERT_EQ(sched_setaffinity(0, sizeof(before), &before), 0);
+  EXPECT_LE(available_cores(), CPU_COUNT(&before));
+}
+#endif
+
+}  // namespace
+}  // namespace fq
