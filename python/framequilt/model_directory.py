@@ -388,9 +388,8 @@ def _entry(
 ) -> tuple[str, tuple[int, ...], int, int]:
     """dtype, shape, begin and end of one entry of a safetensors header."""
     fine = isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}
-    if not fine or entry["dtype"] not in dtypes:
-        what = entry.get("dtype") if isinstance(entry, dict) else None
-        raise CorruptModel(f"{path}: tensor {name} is described as {what or entry!r}")
+    if not fine or not isinstance(entry["dtype"], str) or entry["dtype"] not in dtypes:
+        raise CorruptModel(f"{path}: tensor {name} is described as {entry!r}"[:300])
     numbers = [entry["shape"], entry["data_offsets"]]
     for listed in numbers:
         if not isinstance(listed, list) or not all(type(n) is int and n >= 0 for n in listed):
