@@ -13,11 +13,12 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from framequilt.errors import FramequiltError, InvalidArgument, NotFound, Unsupported
-from framequilt.vision import Frames, frames, load_frames, probe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from framequilt.errors import FramequiltError, InvalidArgument, NotFound, Unsupported
+from framequilt.vision import Frames, frames, load_frames, probe
 
 WIDTH, HEIGHT = 128, 64
 

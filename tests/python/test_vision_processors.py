@@ -7,9 +7,10 @@ import io
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from framequilt.errors import CorruptModel, InvalidArgument, NotFound
 from framequilt.vision import Frames, Preprocessor, load_image, processors
-from PIL import Image
 
 GRID = [[48, 48], [48, 96], [96, 48], [96, 96], [48, 144], [144, 96]]
 RECORD = {

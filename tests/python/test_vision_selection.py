@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from framequilt.errors import InvalidArgument
-from framequilt.vision import selection
 from hypothesis import given
 from hypothesis import strategies as st
+
+from framequilt.errors import InvalidArgument
+from framequilt.vision import selection
 
 SHARED = Path(os.environ.get("FRAMEQUILT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 GOLDEN = SHARED / "golden/framefusion/vision_units.json"
