@@ -161,6 +161,29 @@ def test_the_known_tower_of_an_original_config_is_found_by_name(tmp_path: Path) 
     assert vision.mlp.activation == "gelu_tanh" and not vision.post_norm
 
 
+def test_the_demo_model_converts_and_keeps_its_numbers(tmp_path: Path) -> None:
+    """The exporter of the demo model against its own training-side modules."""
+    from framequilt.demo.export import export
+    from framequilt.demo.model import DemoConfig, DemoModel
+
+    torch.manual_seed(0)
+    model = DemoModel(DemoConfig(layers=2)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(torch.bfloat16).float())
+    export(model, tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "model", weights="bf16")
+    assert report.config["visual"]["newline"] == "grid"
+    forward = Forward(tmp_path / "model")
+    pixels = frames(2, 64)
+    with torch.no_grad():
+        rows = model.vision(pixels).reshape(1, -1, model.config.width)
+        logits = model.language(rows, torch.arange(rows.shape[1])[None])[0]
+    found = forward.video(pixels.numpy().astype(np.float64))
+    close(found, rows[0].numpy())
+    close(forward.logits(found), logits.numpy())
+
+
 @pytest.mark.parametrize("weights", ["w4", "w4g32-sym", "w8row", "w8g64-f32scale", "f32"])
 def test_quantized_weights_stay_within_half_a_step(tmp_path: Path, weights: str) -> None:
     """Every weight of the checkpoint, by name, against what the directory gives back."""

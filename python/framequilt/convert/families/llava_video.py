@@ -60,7 +60,8 @@ _POOLS = {"bilinear": "bilinear", "average": "average", "max": "max"}
 # Keys of original configs that matter in training or in other programs only.
 _TRAINING = (
     "delay_load", "faster_token_stride", "force_sample", "frames_upbound", "freeze_mm_mlp_adapter",
-    "image_crop_resolution", "image_split_resolution", "image_token_index", "mm_hidden_size",
+    "image_crop_resolution", "image_split_resolution", "image_token_index", "max_frames_num",
+    "mm_hidden_size",
     "mm_perceiver_depth", "mm_projector_lr", "mm_resampler_type", "mm_tunable_parts",
     "mm_vision_tower_lr", "mm_vision_tower_name", "pos_skipping_range",
     "tokenizer_model_max_length", "tokenizer_padding_side", "tune_mm_mlp_adapter",
@@ -140,12 +141,17 @@ def tower_left_out(at: str, tower: Vision, total: int) -> list[LeaveOut]:
 
 
 def max_tiles(aspect: str, where: str) -> int:
-    """Tiles of `anyres_max_N`; plain `anyres` never shrinks. Errors: Unsupported."""
-    if aspect == "anyres":
+    """Tiles of `anyres_max_N`; plain `anyres` never shrinks, and `square` images have no tiles.
+
+    Errors: Unsupported.
+    """
+    if aspect in ("anyres", "square"):
         return 0
     match = re.fullmatch(r"anyres_max_([0-9]{1,4})", aspect)
     if match is None or int(match[1]) == 0:
-        raise Unsupported(f"{where}: image layout {aspect!r}", "known: anyres, anyres_max_N")
+        raise Unsupported(
+            f"{where}: image layout {aspect!r}", "known: square, anyres, anyres_max_N"
+        )
     return int(match[1])
 
 
@@ -247,8 +253,11 @@ def describe_original(source: Source) -> Description:
     pool = cfg.choice("mm_spatial_pool_mode", _POOLS, "bilinear")
     stride = cfg.integer("mm_spatial_pool_stride", 2)
     newline = cfg.choice("mm_newline_position", _NEWLINES, "one_token")
-    tiles = max_tiles(cfg.text("image_aspect_ratio", "anyres_max_9"), cfg.where)
+    aspect = cfg.text("image_aspect_ratio", "anyres_max_9")
+    tiles = max_tiles(aspect, cfg.where)
     grids = pinpoints(cfg.raw("image_grid_pinpoints"), tower.image_size, True, cfg.where)
+    if aspect == "square":  # resized as it is, whatever grids are listed
+        grids = None
     times = cfg.flag("add_time_instruction", False)
     cfg.finish()
     at = "model.vision_tower.vision_tower.vision_model."
