@@ -92,11 +92,14 @@ Result<BpeModel> BpeModel::read(const Json& json) {
 Status BpeModel::read_vocab(const Json& vocab) {
   if (!vocab.is_object()) return corrupt("model.vocab: expected an object");
   if (vocab.empty()) return corrupt("model.vocab is empty");
+  // A file has hundreds of thousands of entries: names for errors are made when there is one.
   TokenId largest = -1;
   for (const auto& [token, id] : vocab.items()) {
-    FQ_ASSIGN_OR_RETURN(const int value,
-                        json_integer(id, 0, kMaxVocab - 1, "model.vocab[\"" + token + "\"]"));
-    largest = std::max(largest, value);
+    const auto value = integer_in(id, 0, kMaxVocab - 1);
+    if (!value) {
+      return json_integer(id, 0, kMaxVocab - 1, "model.vocab[\"" + token + "\"]").status();
+    }
+    largest = std::max(largest, *value);
   }
   tokens_.resize(static_cast<size_t>(largest) + 1);
   used_.resize(tokens_.size());
@@ -123,17 +126,19 @@ Status BpeModel::read_merges(const Json& merges) {
   }
   merges_ = MergeTable(merges.size());
   int32_t rank = 0;
-  size_t index = 0;
   std::string joined;
-  for (const Json& merge : merges) {
-    const std::string where = "model.merges[" + std::to_string(index++) + "]";
+  for (size_t index = 0; index < merges.size(); ++index) {
+    const Json& merge = merges[index];
+    const auto broken = [&](const std::string& what) {
+      return corrupt("model.merges[" + std::to_string(index) + "]: " + what);
+    };
     std::string_view left, right;
     if (merge.is_string()) {
       const std::string_view rule = merge.get_ref<const std::string&>();
       if (rule.starts_with("#version")) continue;
       const size_t space = rule.find(' ');
       if (space == std::string_view::npos || rule.find(' ', space + 1) != std::string_view::npos) {
-        return corrupt(where + ": expected two tokens and a space between them");
+        return broken("expected two tokens and a space between them");
       }
       left = rule.substr(0, space);
       right = rule.substr(space + 1);
@@ -142,17 +147,14 @@ Status BpeModel::read_merges(const Json& merges) {
       left = merge[0].get_ref<const std::string&>();
       right = merge[1].get_ref<const std::string&>();
     } else {
-      return corrupt(where + ": expected \"a b\" or [\"a\", \"b\"]");
+      return broken("expected \"a b\" or [\"a\", \"b\"]");
     }
     joined.assign(left);
     joined += right;
     const auto left_id = find(left), right_id = find(right), merged_id = find(joined);
     if (!left_id || !right_id || !merged_id) {
-      return corrupt(where + ": \"" +
-                     std::string(!left_id    ? left
-                                 : !right_id ? right
-                                             : std::string_view(joined)) +
-                     "\" is not in the vocab");
+      const std::string_view unknown = !left_id ? left : !right_id ? right : joined;
+      return broken("\"" + std::string(unknown) + "\" is not in the vocab");
     }
     merges_.set(*left_id, *right_id, {rank++, *merged_id});
   }

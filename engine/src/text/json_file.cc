@@ -156,17 +156,16 @@ Result<bool> ObjectReader::boolean_or(const char* key, bool fallback) const {
   return find(key) == nullptr ? Result<bool>(fallback) : boolean(key);
 }
 
+std::optional<int> integer_in(const Json& value, int low, int high) {
+  const bool small =
+      value.is_number_unsigned() ? value.get<uint64_t>() <= INT64_MAX : value.is_number_integer();
+  if (!small) return std::nullopt;
+  const auto number = value.get<int64_t>();
+  return number < low || number > high ? std::nullopt : std::optional(static_cast<int>(number));
+}
+
 Result<int> json_integer(const Json& value, int low, int high, const std::string& where) {
-  bool in_range = false;
-  if (value.is_number_unsigned()) {
-    in_range = value.get<uint64_t>() <= INT64_MAX;
-  } else {
-    in_range = value.is_number_integer();
-  }
-  if (in_range) {
-    const auto number = value.get<int64_t>();
-    if (number >= low && number <= high) return static_cast<int>(number);
-  }
+  if (const auto number = integer_in(value, low, high)) return *number;
   return corrupt(where + ": expected an integer from " + std::to_string(low) + " to " +
                  std::to_string(high) + ", found " +
                  (value.is_primitive() && !value.is_string() ? value.dump() : type_of(value)));

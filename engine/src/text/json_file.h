@@ -59,6 +59,7 @@ class ObjectReader {
 };
 
 // `value` as an integer in [low, high]; `where` names it in the error.
+std::optional<int> integer_in(const Json& value, int low, int high);
 Result<int> json_integer(const Json& value, int low, int high, const std::string& where);
 
 }  // namespace fq::text

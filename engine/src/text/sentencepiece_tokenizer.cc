@@ -3,10 +3,12 @@
 
 #include <sentencepiece_processor.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "src/text/byte_level_bpe.h"
 #include "src/text/json_file.h"
+#include "src/text/regex.h"
 #include "src/text/sentencepiece_check.h"
 #include "src/text/unicode.h"
 
@@ -15,8 +17,11 @@ namespace {
 
 constexpr std::string_view kSpaceMark = "\xE2\x96\x81";
 
+constexpr std::string_view kMarkup =
+    R"(\A(?:<\|.+\|>|</?(?:s|bos|eos|pad|unk|(?:start|end)_of_\w+|im_\w+|image\w*|video\w*)>)"
+    R"(|\[/?[A-Z_]+\])\z)";
+
 std::string piece_bytes(const sentencepiece::SentencePieceProcessor& processor, int id) {
-  if (processor.IsControl(id)) return "";
   // The library writes an unknown piece as its unk_surface, which only decoding tells.
   if (processor.IsUnknown(id)) return processor.DecodeIds({id});
   const std::string& piece = processor.IdToPiece(id);
@@ -42,18 +47,41 @@ Result<std::shared_ptr<const Tokenizer>> SentencePieceTokenizer::parse(std::stri
   auto processor = std::make_unique<sentencepiece::SentencePieceProcessor>();
   const auto status = processor->LoadFromSerializedProto(model);
   if (!status.ok()) return corrupt("tokenizer.model: " + status.ToString());
-  return std::shared_ptr<const Tokenizer>(new SentencePieceTokenizer(std::move(processor)));
+  std::unique_ptr<SentencePieceTokenizer> tokenizer(
+      new SentencePieceTokenizer(std::move(processor)));
+  FQ_RETURN_IF_ERROR(tokenizer->read_pieces());
+  return std::shared_ptr<const Tokenizer>(std::move(tokenizer));
 }
 
 SentencePieceTokenizer::SentencePieceTokenizer(
     std::unique_ptr<sentencepiece::SentencePieceProcessor> processor)
-    : processor_(std::move(processor)) {
+    : processor_(std::move(processor)) {}
+
+Status SentencePieceTokenizer::read_pieces() {
+  FQ_ASSIGN_OR_RETURN(const Regex markup, Regex::compile(kMarkup, "tokenizer.model"));
+  FQ_ASSIGN_OR_RETURN(Regex::Splitter splitter, Regex::Splitter::make(markup, 0));
+  std::vector<Span> spans;
+  std::vector<int> ids;
   const int size = processor_->GetPieceSize();
-  bytes_.reserve(static_cast<size_t>(size));
+  bytes_.resize(static_cast<size_t>(size));
+  special_.resize(bytes_.size());
   for (int id = 0; id < size; ++id) {
-    bytes_.push_back(piece_bytes(*processor_, id));
-    if (processor_->IsControl(id)) controls_.add(processor_->IdToPiece(id), id);
+    const std::string& piece = processor_->IdToPiece(id);
+    bool special = processor_->IsControl(id);
+    if (!special && (piece.starts_with('<') || piece.starts_with('[')) && is_valid_utf8(piece)) {
+      FQ_RETURN_IF_ERROR(splitter.split(piece, spans));
+      if (spans.front().matched && processor_->Encode(piece, &ids).ok()) {
+        special = std::find(ids.begin(), ids.end(), id) != ids.end();
+      }
+    }
+    special_[static_cast<size_t>(id)] = special;
+    if (special) {
+      special_texts_.add(piece, id);
+    } else {
+      bytes_[static_cast<size_t>(id)] = piece_bytes(*processor_, id);
+    }
   }
+  return {};
 }
 
 SentencePieceTokenizer::~SentencePieceTokenizer() = default;
@@ -79,17 +107,23 @@ Result<std::vector<TokenId>> SentencePieceTokenizer::encode(std::string_view tex
     return {};
   };
   size_t covered = 0;
-  for (size_t i = 0; parse_special && i < text.size();) {
+  for (size_t i = 0; i < text.size();) {
     int id = 0;
-    const size_t length = controls_.longest(text, i, id);
+    const size_t length = special_texts_.longest(text, i, id);
     if (length == 0) {
       ++i;
       continue;
     }
-    FQ_RETURN_IF_ERROR(encode_part(covered, i));
-    ids.push_back(id);
+    if (parse_special) {
+      FQ_RETURN_IF_ERROR(encode_part(covered, i));
+      ids.push_back(id);
+      covered = i + length;
+    } else if (!processor_->IsControl(id)) {
+      const size_t cut = i + utf8_length(text[i]);
+      FQ_RETURN_IF_ERROR(encode_part(covered, cut));
+      covered = cut;
+    }
     i += length;
-    covered = i;
   }
   FQ_RETURN_IF_ERROR(encode_part(covered, text.size()));
   return ids;
@@ -103,7 +137,7 @@ std::string SentencePieceTokenizer::decode(std::span<const TokenId> ids) const {
   std::vector<int> known;
   known.reserve(ids.size());
   for (const TokenId id : ids) {
-    if (id >= 0 && id < vocab_size() && !processor_->IsControl(id)) known.push_back(id);
+    if (id >= 0 && id < vocab_size() && !special_[static_cast<size_t>(id)]) known.push_back(id);
   }
   std::string text;
   const auto status = processor_->Decode(known, &text);

@@ -24,8 +24,10 @@ class SentencePieceTokenizer final : public Tokenizer {
   static Result<std::shared_ptr<const Tokenizer>> parse(std::string_view model);
   ~SentencePieceTokenizer() override;
 
-  // Text between special tokens is encoded as a text of its own (so it gets the model's dummy
-  // prefix).
+  // Special are the control pieces, and the user-defined ones that look like markup ("<|im_end|>",
+  // "[INST]"): the library finds those in any text, so that a text could give orders. Text between
+  // special tokens is encoded as a text of its own (and gets the model's dummy prefix). When they
+  // are not to be parsed, the text is cut inside each user-defined one.
   Result<std::vector<TokenId>> encode(std::string_view text, bool parse_special) const override;
   // U+2581 is a space here. decode() drops the space that the model's dummy prefix put in front.
   std::string_view token_bytes(TokenId id) const override;
@@ -34,10 +36,12 @@ class SentencePieceTokenizer final : public Tokenizer {
 
  private:
   explicit SentencePieceTokenizer(std::unique_ptr<sentencepiece::SentencePieceProcessor> processor);
+  Status read_pieces();
 
   std::unique_ptr<sentencepiece::SentencePieceProcessor> processor_;
   std::vector<std::string> bytes_;  // by id
-  TokenTrie controls_;              // values are ids
+  std::vector<bool> special_;       // by id
+  TokenTrie special_texts_;         // values are ids
 };
 
 }  // namespace fq::text
