@@ -20,11 +20,12 @@ from framequilt.sampling import Sampling
 @contextlib.contextmanager
 def frame_progress(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on standard error that follows the decoding of frames."""
-    if not shown:
+    console = err()
+    if not shown or not console.is_terminal:
         yield None
         return
     columns = (TextColumn("reading video"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=err(), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("frames", total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 

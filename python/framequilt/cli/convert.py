@@ -59,15 +59,17 @@ def command(
         DownloadColumn(binary_units=True),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err(), transient=True, disable=as_json) as bar:
-        task = bar.add_task("converting", total=None, visible=False)
+    console = err()
+    # Rich ends a bar with an empty line where nobody watches it, as in logs.
+    silent = as_json or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
+        task = bar.add_task("converting", total=None)
 
         def show(step: converter.Progress) -> None:
             bar.update(
                 task,
                 completed=step.done_bytes,
                 total=step.total_bytes,
-                visible=True,
                 description=step.slot[-40:].rjust(40),
             )
 
