@@ -1,0 +1,57 @@
+// Choice of a CPU backend and its refusals.
+#include <algorithm>
+
+#include "tests/engine/backend/kernel_testing.h"
+
+namespace fq::backend {
+namespace {
+
+TEST(CpuBackend, EveryTargetIsNamedAndCanBeMade) {
+  const std::vector<std::string> targets = cpu_targets();
+  ASSERT_FALSE(targets.empty());
+  EXPECT_EQ(targets.back(), "scalar");
+  for (const std::string& target : targets) {
+    EXPECT_EQ(backend_of(target)->name(), "cpu " + target);
+  }
+  EXPECT_EQ(backend_of("")->name(), "cpu " + targets.front());
+}
+
+TEST(CpuBackend, UnknownTargetIsAnErrorThatNamesTheTargets) {
+  const auto backend = make_cpu_backend("quantum");
+  ASSERT_FALSE(backend);
+  EXPECT_EQ(backend.error().code, Code::kInvalidArgument);
+  EXPECT_NE(backend.error().message.find("quantum"), std::string::npos);
+  EXPECT_NE(backend.error().hint.find("scalar"), std::string::npos);
+}
+
+TEST(CpuBackend, TargetsLiveSideBySide) {
+  // A later backend must not change what an earlier one runs.
+  std::vector<std::unique_ptr<const Backend>> backends;
+  std::vector<RopeFn> before;
+  for (const std::string& target : cpu_targets()) {
+    backends.push_back(backend_of(target));
+    before.push_back(*backends.back()->rope());
+  }
+  for (size_t i = 0; i < backends.size(); ++i) {
+    EXPECT_EQ(*backends[i]->rope(), before[i]);
+    for (size_t j = 0; j < i; ++j) EXPECT_NE(before[i], before[j]);
+  }
+}
+
+TEST(CpuBackend, UnsupportedFormatsAreRefusedByName) {
+  const auto backend = backend_of("");
+  model::WeightFormat odd{.kind = model::WeightFormat::Kind::kAffine, .bits = 3};
+  const auto linear = backend->linear(odd);
+  ASSERT_FALSE(linear);
+  EXPECT_EQ(linear.error().code, Code::kUnsupported);
+  EXPECT_NE(linear.error().hint.find("8 and 4"), std::string::npos);
+  quant::KvPageLayout layout = *quant::KvPageLayout::make({.bits = 8}, 1, 64);
+  layout.format.bits = 5;
+  EXPECT_EQ(backend->attention(layout).error().code, Code::kUnsupported);
+  EXPECT_EQ(backend->kv_append(layout).error().code, Code::kUnsupported);
+  EXPECT_EQ(backend->importance(layout).error().code, Code::kUnsupported);
+  EXPECT_EQ(backend->encoder_attention(4096).error().code, Code::kUnsupported);
+}
+
+}  // namespace
+}  // namespace fq::backend
