@@ -7,6 +7,7 @@ frame show the same video. Work arrays are float32 [frames, height, width, 3].
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,8 @@ _GLYPHS = (
     "01110 10001 10001 01111 00001 00010 01100",
 )
 _CELL = 2.2  # canvas units per glyph pixel
+_RIM = 1.2  # canvas units of light rim around every shape
+_RIM_GREY = np.float32(245.0)
 _PAD = 14.0  # canvas units drawn around the visible part
 
 
@@ -61,8 +64,9 @@ def _texture(seed: int, pixels: int, scale: float) -> Image:
     for _ in range(int(rng.integers(0, 5))):  # furniture: muted boxes
         x, y, w, h = rng.uniform(0, 110, 2).tolist() + rng.uniform(3, 30, 2).tolist()
         shade = np.float32(rng.uniform(-35, 35))
-        ys, xs = slice(int(y * scale), int((y + h) * scale)), slice(
-            int(x * scale), int((x + w) * scale)
+        ys, xs = (
+            slice(int(y * scale), int((y + h) * scale)),
+            slice(int(x * scale), int((x + w) * scale)),
         )
         out[ys, xs] += shade
     return out
@@ -79,16 +83,26 @@ def _distance(shape: int, dx: Image, dy: Image, r: float) -> Image:
         side = (ax * 1.7 - (dy + r) * 0.95) / 1.947
         out = np.maximum(side, dy - 0.7 * r)
     else:
-        arm = 0.34 * r
+        arm = 0.38 * r
         out = np.minimum(np.maximum(ax - r, ay - arm), np.maximum(ax - arm, ay - r))
     result: Image = out.astype(np.float32)
     return result
 
 
 def _stamp(
-    canvas: Image, frames: npt.NDArray[np.int64], centres: Image, shape: int, r: float, rgb: Image
+    canvas: Image,
+    frames: npt.NDArray[np.int64],
+    centres: Image,
+    shape: int,
+    r: float,
+    rgb: Image,
+    mask: Image | None = None,
+    rim: float = 0.0,
 ) -> None:
-    """Blends one shape into `canvas` [F, H, W, 3] at pixel `centres` [len(frames), 2]."""
+    """Blends one shape into `canvas` [F, H, W, 3] at pixel `centres` [len(frames), 2].
+
+    `mask` [F, H, W] receives the coverage of the shape; `rim` pixels at its edge are light.
+    """
     w = int(np.ceil(2 * (r + 1.5)))
     corner = np.floor(centres - w / 2).astype(np.int64)
     corner = np.clip(corner, 0, np.array([canvas.shape[2] - w, canvas.shape[1] - w]))
@@ -96,10 +110,16 @@ def _stamp(
     ys = corner[:, 1:] + np.arange(w)
     dx = (xs + 0.5 - centres[:, :1]).astype(np.float32)[:, None, :]
     dy = (ys + 0.5 - centres[:, 1:]).astype(np.float32)[:, :, None]
-    alpha = np.clip(0.5 - _distance(shape, dx, dy, r), 0.0, 1.0)[..., None]
+    distance = _distance(shape, dx, dy, r)
+    alpha = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
+    if rim > 0.0:
+        edge = np.clip(0.5 + distance + rim, 0.0, 1.0)[..., None]
+        rgb = rgb + edge * (_RIM_GREY - rgb)
     where = (frames[:, None, None], ys[:, :, None], xs[:, None, :])
     old = canvas[where]
     canvas[where] = old + alpha * (rgb - old)
+    if mask is not None:
+        mask[where] = np.maximum(mask[where], alpha[..., 0])
 
 
 def _stamp_plate(canvas: Image, plate: Plate, offset: Image, scale: float) -> None:
@@ -119,8 +139,8 @@ def _stamp_plate(canvas: Image, plate: Plate, offset: Image, scale: float) -> No
     ink = glyph[np.clip(row + 1, 0, 8)[:, None], np.clip(col + 1, 0, 6)[None]]
     value = (245.0 - 225.0 * ink) * inside
 
-    def shrink(a: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        out: npt.NDArray[np.float64] = a.reshape(y1 - y0, sub, x1 - x0, sub).mean((1, 3))
+    def shrink(a: npt.NDArray[np.floating[Any]]) -> Image:
+        out: Image = a.reshape(y1 - y0, sub, x1 - x0, sub).mean((1, 3)).astype(np.float32)
         return out
 
     alpha, colour = shrink(inside.astype(np.float64)), shrink(value)
@@ -143,6 +163,13 @@ def shake_offsets(world: World) -> Image:
 
 def render(world: World, size: int) -> npt.NDArray[np.uint8]:
     """Draws every frame of `world`, uint8 [frames, size, size, 3], RGB."""
+    return render_with_mask(world, size)[0]
+
+
+def render_with_mask(
+    world: World, size: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """`render` and how far each pixel is covered by shapes, float32 [frames, size, size]."""
     frames, scale = world.frames, size / CANVAS
     rng = np.random.default_rng(world.look + 1)
     pad = int(np.ceil(_PAD * scale))
@@ -150,6 +177,7 @@ def render(world: World, size: int) -> npt.NDArray[np.uint8]:
     shake = shake_offsets(world) * scale
     times = world.times
     canvas = np.empty((frames, full, full, 3), np.float32)
+    mask = np.zeros((frames, full, full), np.float32)
     period = int(128 * scale)
     sheets = []
     for seed in world.backgrounds:
@@ -177,7 +205,8 @@ def render(world: World, size: int) -> npt.NDArray[np.uint8]:
         shown = np.flatnonzero(visible[k])
         if shown.size:
             at = tracks[k, shown] * scale + shift[shown]
-            _stamp(canvas, shown, at.astype(np.float32), actor.shape, actor.radius * scale, rgb)
+            r, rim = actor.radius * scale, _RIM * scale
+            _stamp(canvas, shown, at.astype(np.float32), actor.shape, r, rgb, mask, rim)
     for plate in world.plates:
         _stamp_plate(canvas, plate, shift[plate.frame], scale)
     view = canvas[:, pad : pad + size, pad : pad + size]
@@ -194,4 +223,4 @@ def render(world: World, size: int) -> npt.NDArray[np.uint8]:
             x, y = rng.integers(limit, size=2)
             view[f] += world.noise * bank[f % 4, y : y + size, x : x + size]
     out: npt.NDArray[np.uint8] = np.clip(view + 0.5, 0, 255).astype(np.uint8)
-    return out
+    return out, mask[:, pad : pad + size, pad : pad + size]

@@ -31,7 +31,7 @@ STILL = 4
 BOUNCED = 5
 PLATE_WIDTH = 18.0
 PLATE_HEIGHT = 20.0
-_COUNT_SHARE = (0.12, 0.2, 0.26, 0.24, 0.18)
+_COUNT_SHARE = (0.17, 0.25, 0.29, 0.29)
 
 
 @dataclass
@@ -217,11 +217,13 @@ def part_of(frame: int, frames: int) -> int:
 def sample_world(
     rng: np.random.Generator, frames: int, plate_share: float = 0.85, plate_each: float = 0.0
 ) -> World:
-    """Draws a world. `plate_each` > 0 gives every frame a sign with that chance (tower training)."""
-    wanted = 1 + int(rng.choice(5, p=_COUNT_SHARE))
-    colours = rng.permutation(len(COLOURS))[:5]
+    """Draws a world. `plate_each` > 0 is for tower training: every frame has a sign with that
+    chance, and the picture is as crowded as it gets."""
+    crowded = plate_each > 0.0
+    wanted = len(COLOURS) if crowded else 1 + int(rng.choice(4, p=_COUNT_SHARE))
+    colours = rng.permutation(len(COLOURS))
     looks = [
-        (int(c), int(rng.integers(len(SHAPES))), float(rng.uniform(6.5, 8.5))) for c in colours
+        (int(c), int(rng.integers(len(SHAPES))), float(rng.uniform(7.0, 8.8))) for c in colours
     ]
     actors: list[Actor] = []
     touch: Touch | None = None
@@ -237,7 +239,7 @@ def sample_world(
             if any(abs(appears - other) < 0.2 for other in late):
                 appears = -1.0
         still = rng.random() < 0.35
-        for _ in range(14):
+        for _ in range(30):
             actor = _lone_actor(rng, looks[len(actors)], appears, still)
             if actor is not None and _fits(actor, actors):
                 actors.append(actor)
@@ -273,7 +275,7 @@ def sample_world(
         backgrounds=[int(v) for v in rng.integers(1 << 31, size=2 if has_cut else 1)],
         scroll=(float(scroll[0]), float(scroll[1])),
         shake=float(rng.uniform(0.4, 1.5)) if rng.random() < 0.4 else 0.0,
-        noise=float(rng.uniform(0.0, 10.0)),
+        noise=float(rng.uniform(0.0, 8.0)),
         blur=bool(rng.random() < 0.2),
         dots=int(rng.integers(0, 7)),
         look=int(rng.integers(1 << 31)),
