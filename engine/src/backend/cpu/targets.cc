@@ -5,8 +5,9 @@
 #include <cctype>
 #include <mutex>
 
-#include "hwy/highway.h"
 #include "src/backend/cpu/disabled_targets.h"
+
+#include "hwy/highway.h"  // after the line above
 
 namespace fq::backend::cpu {
 

@@ -1,0 +1,288 @@
+// Times the CPU kernels alone on shapes of real models and prints one JSON object per line. Not a
+// test: nothing is asserted. How to run and read it: tests/bench/README.md.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "src/backend/backend.h"
+#include "src/core/aligned.h"
+#include "src/quant/affine_weights.h"
+
+#if defined(__linux__)
+#include <ctime>
+#endif
+
+namespace fq {
+namespace {
+
+struct Options {
+  std::string simd;
+  std::string filter;
+  int threads = 0;
+  double seconds = 0.3;
+};
+
+std::vector<float> random_values(size_t count) {
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+  std::vector<float> values(count);
+  for (float& value : values) value = uniform(random);
+  return values;
+}
+
+double wall_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// CPU time of the whole process: on a busy machine it says more than the clock on the wall.
+double cpu_seconds() {
+#if defined(__linux__)
+  timespec now;
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+#else
+  return wall_seconds();
+#endif
+}
+
+struct Timing {
+  double best = 1e30;  // seconds of wall time per call
+  double cpu = 1e30;   // least CPU seconds per call, over all threads
+};
+
+Timing time_calls(const std::function<void()>& call, double budget) {
+  call();
+  Timing timing;
+  const double start = wall_seconds();
+  do {
+    const double wall = wall_seconds(), cpu = cpu_seconds();
+    call();
+    timing.cpu = std::min(timing.cpu, cpu_seconds() - cpu);
+    timing.best = std::min(timing.best, wall_seconds() - wall);
+  } while (wall_seconds() - start < budget);
+  return timing;
+}
+
+void report(const std::string& name, const Options& options, const Timing& t, double flop,
+            double bytes) {
+  std::printf(
+      "{\"name\": \"%s\", \"simd\": \"%s\", \"threads\": %d, \"ms\": %.4f, \"gflops\": %.2f, "
+      "\"gbytes_per_s\": %.2f, "
+      "\"gflops_per_cpu_second\": %.2f}\n",
+      name.c_str(), options.simd.c_str(), options.threads, 1e3 * t.best, 1e-9 * flop / t.best,
+      1e-9 * bytes / t.best, 1e-9 * flop / t.cpu);
+  std::fflush(stdout);
+}
+
+// Copies of one linear, at least 64 MB together (few rows), so that weights come from memory as
+// they do in a model.
+void bench_linear(const backend::Backend& backend, ThreadPool& pool, const Options& options,
+                  const char* label, const model::WeightFormat& format, int out, int in,
+                  int64_t rows) {
+  const std::string name = std::string("linear ") + label + " " + std::to_string(out) + "x" +
+                           std::to_string(in) + " rows " + std::to_string(rows);
+  if (name.find(options.filter) == std::string::npos) return;
+  const auto weights = random_values(static_cast<size_t>(out) * static_cast<size_t>(in));
+  auto packed =
+      quant::pack_linear(weights.data(), out, in, format, quant::AffineRange::kIncludeZero);
+  const int64_t copies =
+      rows > 16 ? 1 : std::max<int64_t>(1, (int64_t{64} << 20) / packed->view.bytes);
+  std::vector<AlignedBuffer<std::byte>> data(static_cast<size_t>(copies));
+  for (auto& buffer : data) {
+    buffer.reserve(packed->data_bytes);
+    std::memcpy(buffer.data(), packed->data.data(), packed->data_bytes);
+  }
+  const auto x = random_values(static_cast<size_t>(rows * in));
+  std::vector<float> y(static_cast<size_t>(rows * out));
+  const backend::LinearFn kernel = *backend.linear(format);
+  const Timing timing = time_calls(
+      [&] {
+        for (auto& buffer : data) {
+          quant::LinearWeights view = packed->view;
+          view.data = buffer.data();
+          kernel({.x = x.data(),
+                  .x_stride = in,
+                  .rows = rows,
+                  .w = &view,
+                  .y = y.data(),
+                  .y_stride = out,
+                  .accumulate = false},
+                 pool);
+        }
+      },
+      options.seconds);
+  const double calls = static_cast<double>(copies);
+  report(name, options, timing, 2.0 * calls * out * in * static_cast<double>(rows),
+         calls * static_cast<double>(packed->view.bytes));
+}
+
+struct Heads {
+  int heads, kv_heads, head_dim;
+};
+
+void bench_attention(const backend::Backend& backend, ThreadPool& pool, const Options& options,
+                     const Heads& h, int bits, int64_t rows, int64_t length) {
+  const std::string name = "attention kv" + std::to_string(bits) + " heads " +
+                           std::to_string(h.heads) + "/" + std::to_string(h.kv_heads) + "x" +
+                           std::to_string(h.head_dim) + " rows " + std::to_string(rows) +
+                           " length " + std::to_string(length);
+  if (name.find(options.filter) == std::string::npos) return;
+  const quant::KvPageLayout layout =
+      *quant::KvPageLayout::make({.bits = bits}, h.kv_heads, h.head_dim);
+  const int64_t count = (length + quant::kPageTokens - 1) / quant::kPageTokens;
+  AlignedBuffer<std::byte> storage(static_cast<size_t>(count) * layout.page_bytes);
+  std::vector<std::byte*> pages;
+  for (int64_t i = 0; i < count; ++i)
+    pages.push_back(storage.data() + static_cast<size_t>(i) * layout.page_bytes);
+  const int64_t kv_width = int64_t{h.kv_heads} * h.head_dim, width = int64_t{h.heads} * h.head_dim;
+  const auto k = random_values(static_cast<size_t>(length * kv_width));
+  const ops::KvView view{&layout, pages.data(), length};
+  (*backend.kv_append(layout))({.k = k.data(),
+                                .v = k.data(),
+                                .k_stride = kv_width,
+                                .v_stride = kv_width,
+                                .rows = length,
+                                .begin = 0,
+                                .kv = view},
+                               pool);
+  const auto q = random_values(static_cast<size_t>(rows * width));
+  std::vector<float> out(q.size());
+  const ops::AttentionArgs args{.q = q.data(),
+                                .q_stride = width,
+                                .out = out.data(),
+                                .out_stride = width,
+                                .rows = rows,
+                                .begin = length - rows,
+                                .heads = h.heads,
+                                .scale = 0.1f,
+                                .kv = view};
+  const backend::AttentionFn kernel = *backend.attention(layout);
+  const Timing timing = time_calls([&] { kernel({&args, 1}, pool); }, options.seconds);
+  const double pairs = static_cast<double>(rows) *
+                       (static_cast<double>(length) - 0.5 * static_cast<double>(rows - 1));
+  report(name, options, timing, 4.0 * pairs * static_cast<double>(width),
+         static_cast<double>(count) * static_cast<double>(layout.page_bytes));
+}
+
+void bench_encoder(const backend::Backend& backend, ThreadPool& pool, const Options& options) {
+  const std::string name = "encoder attention 729 tokens heads 16x72";
+  if (name.find(options.filter) == std::string::npos) return;
+  const int64_t tokens = 729, width = 16 * 72;
+  const auto x = random_values(static_cast<size_t>(tokens * width));
+  std::vector<float> out(x.size());
+  const ops::EncoderAttentionArgs args{.q = x.data(),
+                                       .k = x.data(),
+                                       .v = x.data(),
+                                       .out = out.data(),
+                                       .stride = width,
+                                       .blocks = 1,
+                                       .tokens = tokens,
+                                       .heads = 16,
+                                       .head_dim = 72,
+                                       .scale = 0.1f};
+  const backend::EncoderAttentionFn kernel = *backend.encoder_attention(72);
+  const Timing timing = time_calls([&] { kernel(args, pool); }, options.seconds);
+  report(name, options, timing, 4.0 * static_cast<double>(tokens * tokens * width), 0);
+}
+
+void bench_rows(const backend::Backend& backend, ThreadPool& pool, const Options& options) {
+  const int64_t rows = 512, width = 4864;
+  const auto x = random_values(static_cast<size_t>(rows * width));
+  std::vector<float> y(x.size());
+  const double bytes = 8.0 * static_cast<double>(rows * width);
+  const auto run = [&](const char* name, const std::function<void()>& call) {
+    if (std::string_view(name).find(options.filter) == std::string_view::npos) return;
+    report(name, options, time_calls(call, options.seconds), static_cast<double>(rows * width),
+           bytes);
+  };
+  const auto norm = *backend.norm(model::NormKind::kRms);
+  run("rms norm 512x4864", [&] {
+    norm({.x = x.data(),
+          .y = y.data(),
+          .rows = rows,
+          .width = width,
+          .weight = x.data(),
+          .bias = nullptr,
+          .eps = 1e-6f},
+         pool);
+  });
+  const std::pair<const char*, model::Activation> kinds[] = {
+      {"silu 512x4864", model::Activation::kSilu},
+      {"gelu 512x4864", model::Activation::kGelu},
+      {"gelu tanh 512x4864", model::Activation::kGeluTanh}};
+  for (const auto& [name, kind] : kinds) {
+    const auto activation = *backend.activation(kind);
+    run(name, [&] {
+      activation(
+          {.kind = kind, .x = x.data(), .gate = x.data(), .y = y.data(), .count = rows * width},
+          pool);
+    });
+  }
+}
+
+int run(const Options& options) {
+  const auto backend = backend::make_cpu_backend(options.simd);
+  if (!backend) {
+    std::fprintf(stderr, "%s\n", backend.error().to_string().c_str());
+    return 1;
+  }
+  Options shown = options;
+  shown.simd = (*backend)->name();
+  ThreadPool pool(options.threads);
+  shown.threads = pool.threads();
+  using Kind = model::WeightFormat::Kind;
+  const std::pair<const char*, model::WeightFormat> formats[] = {
+      {"w4g128", {.kind = Kind::kAffine, .bits = 4, .group = 128}},
+      {"w8g128", {.kind = Kind::kAffine, .bits = 8, .group = 128}},
+      {"bf16", {.kind = Kind::kBF16}},
+      {"f32", {.kind = Kind::kF32}}};
+  for (const auto& [label, format] : formats) {
+    for (const auto& [out, in] :
+         {std::pair{4864, 896}, std::pair{896, 4864}, std::pair{3584, 18944}}) {
+      for (const int64_t rows : {1, 2, 4, 8, 16, 32, 512}) {
+        bench_linear(**backend, pool, shown, label, format, out, in, rows);
+      }
+    }
+  }
+  for (const Heads& heads : {Heads{14, 2, 64}, Heads{28, 4, 128}}) {
+    for (const int bits : {32, 16, 8, 4}) {
+      bench_attention(**backend, pool, shown, heads, bits, 1, 4096);
+      bench_attention(**backend, pool, shown, heads, bits, 512, 2048);
+    }
+  }
+  bench_encoder(**backend, pool, shown);
+  bench_rows(**backend, pool, shown);
+  return 0;
+}
+
+}  // namespace
+}  // namespace fq
+
+int main(int argc, char** argv) {
+  fq::Options options;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    const std::string_view flag = argv[i];
+    if (flag == "--simd") {
+      options.simd = argv[i + 1];
+    } else if (flag == "--threads") {
+      options.threads = std::atoi(argv[i + 1]);
+    } else if (flag == "--seconds") {
+      options.seconds = std::atof(argv[i + 1]);
+    } else if (flag == "--filter") {
+      options.filter = argv[i + 1];
+    } else {
+      std::fprintf(
+          stderr,
+          "usage: bench_kernels [--simd TARGET] [--threads N] [--seconds S] [--filter TEXT]\n");
+      return 2;
+    }
+  }
+  return fq::run(options);
+}
