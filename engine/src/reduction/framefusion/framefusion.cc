@@ -96,13 +96,12 @@ void FrameFusion::merge(const StageInput& input, RowPlan* plan, ReductionCall* c
                .prev = prev_.data(),
                .out = similar_.data()},
               pool);
-  sanitize_similarities();
   if (input.call == 0) report_.median_first_similarity = median_similarity();
 
   merges_.assign(slots_.size(), 0);
   int64_t merged = 0;
   for (size_t i = 0; i < slots_.size(); ++i) {
-    // A bound below every cosine does not make pairs of what has no cosine.
+    // A bound below every cosine does not make pairs of what has no cosine. False for a NaN.
     if (similar_[i] > kNoSimilarity && similar_[i] >= options_.similarity_lower_bound) {
       merges_[i] = 1;
       ++merged;
@@ -169,13 +168,6 @@ void FrameFusion::link_predecessors() {
     } else {
       prev_[i] = std::exchange(last_[slots_[i]], static_cast<int32_t>(i));
     }
-  }
-}
-
-void FrameFusion::sanitize_similarities() {
-  for (size_t i = 0; i < similar_.size(); ++i) {
-    const bool defined = prev_[i] >= 0 && similar_[i] >= kNoSimilarity;  // false for a NaN
-    if (!defined) similar_[i] = kNoSimilarity;
   }
 }
 

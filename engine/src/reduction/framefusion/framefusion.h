@@ -42,7 +42,6 @@ class FrameFusion final : public Stage {
   void miss_budget(ReductionCall* call);
   void end_both_phases();
   void link_predecessors();
-  void sanitize_similarities();
   void select_most_similar(int64_t count);
   void write_merge_plan(RowPlan* plan, int64_t merged) const;
   // Keeps the slots of the rows that the plan keeps.
