@@ -225,8 +225,9 @@ def test_k_quants_are_read(tmp_path: Path, kind: str, block: int) -> None:
     number = gguf.GGMLQuantizationType[kind]
     data = np.random.default_rng(6).integers(0, 256, (4, block), np.uint8)
     scale = np.array([0.01], np.float16).view(np.uint8)
-    data[:, 208:210] = scale  # Q6_K keeps its scale at the end, the others two at the start
-    if kind != "Q6_K":
+    if kind == "Q6_K":  # keeps its scale at the end, the others two at the start
+        data[:, 208:210] = scale
+    else:
         data[:, :2], data[:, 2:4] = scale, scale
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     writer.add_tensor("t", data, raw_dtype=number)
@@ -330,9 +331,9 @@ def test_a_byte_level_tokenizer_encodes_as_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pre", "expected"),
     [
-        ("gpt-2", ["it", "'s", " 2024", "!!", " ", " THE", "\n\n", "ab"]),
-        ("smollm", ["it", "'s", " ", "2", "0", "2", "4", "!!", " ", " THE", "\n\n", "ab"]),
-        ("qwen2", ["it", "'s", " ", "2", "0", "2", "4", "!!", " ", " THE", "\n\n", "ab"]),
+        ("gpt-2", ["it", "'s", " 2024", "!!", " ", " THE", "\n", "\n", "ab"]),
+        ("smollm", ["it", "'s", " ", *"2024", "!!", " ", " THE", "\n", "\n", "ab"]),
+        ("qwen2", ["it", "'s", " ", *"2024", "!!", " ", " THE", "\n\n", "ab"]),
         ("llama-bpe", ["it", "'s", " ", "202", "4", "!!", " ", " THE", "\n\n", "ab"]),
     ],
 )
@@ -403,7 +404,8 @@ def test_a_real_model_converts(tmp_path: Path) -> None:
         path = smollm2_gguf()
     except NotFound as error:
         pytest.skip(f"the model cannot be had here: {error.message}")
-    report = convert(path, tmp_path / "model", weights="f32")
+    overrides = {"decoder.embedding": "f32", "decoder.layers.7.*": "f32"}
+    report = convert(path, tmp_path / "model", weights="w8g32", overrides=overrides)
     decoder = report.config["decoder"]
     assert (decoder["layers"], decoder["hidden"], decoder["vocab"]) == (30, 576, 49152)
     assert decoder["tied_embedding"] and decoder["rope"]["base"] == 100000.0
