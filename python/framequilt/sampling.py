@@ -36,7 +36,7 @@ class Sampling:
     temperature, top-k, top-p, min-p. Temperature 0 is greedy (the lowest id wins ties).
 
     Attributes:
-        max_tokens: generate at most this many tokens.
+        max_tokens: generate at most this many tokens; the model's context is a limit too.
         temperature: >= 0; 0 is greedy.
         top_k: keep the k most likely tokens; 0 is off.
         top_p: keep the most likely tokens up to this probability, (0, 1]; 1 is off.

@@ -74,8 +74,7 @@ class _SentencePiece:
         self.specials: Mapping[str, int] = {
             piece: i
             for piece, i in pieces
-            if model.IsControl(i)
-            or (_STEERING.fullmatch(piece) and i in model.EncodeAsIds(piece))
+            if model.IsControl(i) or (_STEERING.fullmatch(piece) and i in model.EncodeAsIds(piece))
         }
         self._ids = frozenset(self.specials.values())
         names = sorted(self.specials, key=len, reverse=True)
@@ -173,11 +172,15 @@ class Tokenizer:
         return self._backend.encode(text, parse_special)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of token ids; ids outside the vocabulary are an invalid_argument error."""
+        """Text of token ids.
+
+        Models have more rows than their tokenizer has tokens; such ids have no text. A negative
+        id is an invalid_argument error.
+        """
         for token in ids:
-            if not 0 <= token < self._size:
-                raise InvalidArgument(f"token {token} is outside the vocabulary of {self._size}")
-        return self._backend.decode(ids, skip_special)
+            if token < 0:
+                raise InvalidArgument(f"{token} is no token id")
+        return self._backend.decode([i for i in ids if i < self._size], skip_special)
 
     def token_text(self, token: int) -> str | None:
         """The vocabulary's spelling of a token, None if there is no such token."""

@@ -341,6 +341,9 @@ def test_frames_pass_through():
     got = load_frames(np.stack([picture(i) for i in range(3)]))
     assert load_frames(got) is got
     assert isinstance(got, Frames) and len(got) == 3
+    for options in ({"frames": 2}, {"fps": 1.0}, {"timestamps": [0.0, 1.0, 2.0]}):
+        with pytest.raises(InvalidArgument, match="picked already"):
+            load_frames(got, **options)
 
 
 @pytest.mark.parametrize(

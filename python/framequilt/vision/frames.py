@@ -438,6 +438,11 @@ def load_frames(
     """
     limit = _check_request(frames, fps, timestamps)
     if isinstance(source, Frames):
+        if frames is not None or fps is not None or timestamps is not None:
+            raise InvalidArgument(
+                "these frames are picked already; frames, fps and timestamps cannot change that",
+                hint="give the options to load_frames, or pass the video itself",
+            )
         if transform is None or not len(source):
             return source
         return replace(source, images=np.stack([transform(f) for f in source.images]))

@@ -23,7 +23,15 @@ import numpy as np
 import numpy.typing as npt
 
 from framequilt.errors import CorruptModel, InvalidArgument, NotFound
-from framequilt.vision.frames import Frames, Picture, Pixels, Progress, VideoSource, load_frames
+from framequilt.vision.frames import (
+    Frames,
+    Picture,
+    Pixels,
+    Progress,
+    Transform,
+    VideoSource,
+    load_frames,
+)
 from framequilt.vision.frames import to_rgb_array as _to_rgb_array
 
 if TYPE_CHECKING:
@@ -240,9 +248,13 @@ class Preprocessor:
 
         return np.asarray(self._resize(Image.fromarray(pixels), self.size, self.size))
 
+    def pixels(self, pixels: Pixels) -> Tensor:
+        """uint8 [height, width, 3] -> float32 [3, size, size]."""
+        return self._normalise(self.resize_frame(pixels))
+
     def frame(self, picture: Picture) -> Tensor:
         """One picture as float32 [3, size, size]."""
-        return self._normalise(self.resize_frame(_to_rgb_array(picture)))
+        return self.pixels(_to_rgb_array(picture))
 
     def video(
         self,
@@ -264,14 +276,16 @@ class Preprocessor:
                     f"prepared frames must be [frames, 3, {self.size}, {self.size}], got "
                     f"{list(source.images.shape)}"
                 )
-            return source
+            transform: Transform | None = None
+        else:
+            transform = self.pixels
         return load_frames(
             source,
             frames=frames,
             fps=fps,
             timestamps=timestamps,
             policy=policy,
-            transform=lambda pixels: self._normalise(self.resize_frame(pixels)),
+            transform=transform,
             progress=progress,
         )
 
