@@ -5,6 +5,7 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <stdexcept>
 
 #include "src/model/directory.h"
 
@@ -28,11 +29,17 @@ void exact_similarity(const ops::SimilarityArgs& args, ThreadPool&) {
 }
 
 const std::vector<NamedSimilarity>& similarities() {
-  static const std::vector<NamedSimilarity> all = {
-      {"definition", exact_similarity},
-      {"reference op",
-       [](const ops::SimilarityArgs& args, ThreadPool&) { ops::similarity_reference(args); }},
-  };
+  static const std::vector<NamedSimilarity> all = [] {
+    std::vector<NamedSimilarity> list = {
+        {"definition", exact_similarity},
+        {"reference op",
+         [](const ops::SimilarityArgs& args, ThreadPool&) { ops::similarity_reference(args); }},
+    };
+    auto cpu = backend::make_cpu_backend("");
+    if (!cpu) throw std::runtime_error(cpu.error().to_string());
+    list.push_back({"cpu backend", *(*cpu)->similarity()});
+    return list;
+  }();
   return all;
 }
 
