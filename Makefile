@@ -11,7 +11,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := build/stamps
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
-PIP    := $(BIN)/python -m pip --disable-pip-version-check -q --no-input
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq --no-input
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PYTHON
