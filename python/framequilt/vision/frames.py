@@ -472,7 +472,8 @@ def _from_file(
             len(clip.pts), clip.fps, clip.variable_times(), policy, limit, fps, timestamps
         )
         unique = sorted(set(chosen.indices))
-        results: dict[int, npt.NDArray[Any]] = {}
+        block: npt.NDArray[Any] | None = None
+        places: dict[int, int] = {}  # index of a frame -> its row of the block
         rotation, size = 0, clip.size
         for index, frame in clip.pick(unique):
             try:
@@ -480,15 +481,21 @@ def _from_file(
             except clip.failures:
                 continue
             size = (pixels.shape[1], pixels.shape[0])
-            results[index] = pixels if transform is None else transform(pixels)
+            image = pixels if transform is None else transform(pixels)
+            if block is None:
+                block = np.empty((len(unique), *image.shape), image.dtype)
+            _check_shapes(image.shape, block.shape[1:])
+            block[len(places)] = image
+            places[index] = len(places)
             if progress is not None:
-                progress(len(results), len(unique))
-        kept = [(i, t) for i, t in zip(chosen.indices, chosen.times, strict=True) if i in results]
-        if not kept:
+                progress(len(places), len(unique))
+        kept = [(i, t) for i, t in zip(chosen.indices, chosen.times, strict=True) if i in places]
+        if block is None:
             raise InvalidArgument(
                 f"no frame of {clip.name} could be decoded",
                 hint="the file is damaged; ffprobe shows what is wrong with it",
             )
+        rows = [places[i] for i, _ in kept]
         info = ClipInfo(
             frames=len(clip.pts),
             fps=clip.fps,
@@ -499,7 +506,7 @@ def _from_file(
             codec=clip.codec,
         )
     return Frames(
-        images=_stack([results[i] for i, _ in kept]),
+        images=block[: len(rows)] if rows == list(range(len(rows))) else block[rows],
         times=tuple(t for _, t in kept),
         duration=chosen.duration,
         indices=tuple(i for i, _ in kept),
@@ -507,12 +514,17 @@ def _from_file(
     )
 
 
-def _stack(images: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
+def _check_shapes(shape: tuple[int, ...], first: tuple[int, ...]) -> None:
+    if shape != first:
         raise InvalidArgument(
-            f"frames differ in size: {sorted(shapes)}", hint="pass transform= to resize them"
+            f"frames differ in size: {list(first)} and {list(shape)}",
+            hint="pass transform= to resize them",
         )
+
+
+def _stack(images: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    for image in images:
+        _check_shapes(image.shape, images[0].shape)
     return np.stack(images)
 
 
