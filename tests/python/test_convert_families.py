@@ -40,6 +40,14 @@ def text_logits(model: Any, ids: list[int] = IDS) -> Any:
         return model(torch.tensor([ids])).logits[0].numpy()
 
 
+def test_longer_contexts_of_fine_tunes_are_kept(tmp_path: Path) -> None:
+    tiny.tiny_llama(tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_sequence_length": 8192}))
+    report = convert(tmp_path / "source", tmp_path / "model", dry_run=True)
+    assert report.config["decoder"]["context"] == 8192
+
+
 LLAMAS: dict[str, dict[str, Any]] = {
     "plain": {},
     "biases": {"attention_bias": True, "mlp_bias": True},
@@ -142,11 +150,14 @@ def test_an_original_video_keeps_its_rows_and_logits(
     close(forward.logits(rows), output.numpy())
 
 
-def test_the_known_tower_of_an_original_config_is_found_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nested", [None, {"model_type": "clip_vision_model", "hidden_size": 1024}])
+def test_the_known_tower_of_an_original_config_is_found_by_name(
+    tmp_path: Path, nested: dict[str, Any] | None
+) -> None:
     tiny.tiny_llava_video_original(tmp_path / "source")
     file = tmp_path / "source" / "config.json"
     config = json.loads(file.read_text())
-    del config["vision_config"]
+    config["vision_config"] = nested
     config["mm_vision_tower"] = "google/siglip-so400m-patch14-384"
     config["image_grid_pinpoints"] = [[384, 768]]
     file.write_text(json.dumps(config))

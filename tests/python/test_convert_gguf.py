@@ -208,7 +208,8 @@ def test_blocks_are_what_the_package_dequantizes(tmp_path: Path, kind: str) -> N
     sizes = {"intermediate_size": 96}
     model = tiny.tiny_qwen2(tmp_path / "hf", seed=5, **sizes)
     write_gguf(tmp_path / "x.gguf", model, "qwen2", kind)
-    convert(tmp_path / "x.gguf", tmp_path / "model", weights="f32")
+    report = convert(tmp_path / "x.gguf", tmp_path / "model", weights="f32")
+    assert any(f"x {kind}" in note for note in report.notes)
     directory = ModelDirectory(tmp_path / "model")
     for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors:
         if tensor.name == "blk.1.ffn_down.weight":

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +208,11 @@ def _notes(plan: _Plan) -> list[str]:
         f"{count} of the linears have {inputs} inputs: the last group is {inputs % group} wide"
         for (inputs, group), count in sorted(short.items())
     ]
+    kinds = Counter(tensor.dtype for tensor in plan.found.values() if tensor is not None)
+    coded = {kind: n for kind, n in sorted(kinds.items()) if kind not in ("F32", "F16", "BF16")}
+    if coded:
+        listed = ", ".join(f"{n} x {kind}" for kind, n in coded.items())
+        notes.append(f"the checkpoint is quantized already ({listed}): both errors add up")
     if not plan.tokens.eos:
         notes.append("the checkpoint names no end token: answers end at max_tokens only")
     return notes

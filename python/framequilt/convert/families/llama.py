@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from framequilt.convert.config_reader import ConfigReader
 from framequilt.convert.families.base import (
     Description,
@@ -21,6 +23,12 @@ def describe(source: Source) -> Description:
     decoder = read_decoder(
         cfg, qkv_bias=bias, output_bias=bias, mlp_bias=cfg.flag("mlp_bias", False)
     )
+    # Fine-tunes for longer contexts keep the base's max_position_embeddings and say theirs here.
+    longer = cfg.integer("max_sequence_length", None)
+    if longer is not None and longer > decoder.context:
+        decoder = replace(decoder, context=longer)
+    cfg.require("rope_interleaved", False, reason="rotary pairs have to be halves of a head")
+    cfg.ignore("is_llama_config", "transformers.js_config")  # notes to other programs
     cfg.require("is_decoder", False, True, reason="")
     cfg.require("is_encoder_decoder", False, reason="encoders are not part of this family")
     cfg.require("add_cross_attention", False, reason="cross attention is not supported")

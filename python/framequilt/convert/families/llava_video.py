@@ -60,9 +60,9 @@ _POOLS = {"bilinear": "bilinear", "average": "average", "max": "max"}
 # Keys of original configs that matter in training or in other programs only.
 _TRAINING = (
     "delay_load", "faster_token_stride", "force_sample", "frames_upbound", "freeze_mm_mlp_adapter",
-    "image_crop_resolution", "image_split_resolution", "image_token_index", "max_frames_num",
-    "mm_hidden_size", "mm_perceiver_depth", "mm_projector_lr", "mm_resampler_type",
-    "mm_tunable_parts", "mm_vision_tower_lr", "mm_vision_tower_name", "pos_skipping_range",
+    "ignore_index", "image_crop_resolution", "image_split_resolution", "image_token_index",
+    "max_frames_num", "mm_hidden_size", "mm_perceiver_depth", "mm_projector_lr",
+    "mm_resampler_type", "mm_tunable_parts", "mm_vision_tower_lr", "mm_vision_tower_name", "pos_skipping_range",
     "tokenizer_model_max_length", "tokenizer_padding_side", "tune_mm_mlp_adapter",
     "unfreeze_mm_vision_tower", "use_mm_proj", "video_fps", "vision_tower_pretrained",
 )  # fmt: skip
@@ -201,18 +201,19 @@ def read_preprocessor(
     resample = cfg.integer("resample", 3, minimum=0)
     if resample not in _RESAMPLE:
         raise Unsupported(f"{cfg.where}: resample is {resample}")
-    wanted = cfg.raw("size") or {"height": size, "width": size}
+    wanted = cfg.raw("size") or {}
     if not isinstance(wanted, dict) or any(
-        wanted.get(key, size) != size for key in ("height", "width", "shortest_edge")
+        wanted.get(key) not in (None, size) for key in ("height", "width", "shortest_edge")
     ):
         raise Unsupported(f"{cfg.where}: size is {wanted!r}", f"the tower takes {size} x {size}")
 
     def triple(key: str) -> list[float]:
         value = cfg.raw(key)
         value = [0.5, 0.5, 0.5] if value is None else value
-        if not (isinstance(value, list) and [type(v) for v in value] == [float] * 3):
+        numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+        if not numbers or len(value) != 3:
             raise CorruptModel(f"{cfg.where}: {key} is {value!r}, not three numbers")
-        return list(value)
+        return [float(v) for v in value]
 
     return {
         "size": size,
@@ -231,15 +232,20 @@ def describe_original(source: Source) -> Description:
     decoder = qwen2.read(cfg)
     name = cfg.text("mm_vision_tower", "")
     known = next((sizes for key, sizes in _TOWERS.items() if name.endswith(key)), None)
-    if "vision_config" in cfg:
-        part = cfg.sub("vision_config")
+    # Some published configs carry the defaults of another class, a CLIP tower among them, that the
+    # model never reads; the tower it loads is the named one.
+    nested = cfg.sub("vision_config") if "vision_config" in cfg else None
+    if nested is not None and nested.values.get("model_type") == "siglip_vision_model":
+        part = nested
     elif known is not None:
         part = ConfigReader(known, f"{cfg.where}: {name}")
     else:
         raise Unsupported(
             f"{cfg.where}: the sizes of the tower {name!r} are not known",
-            f"known: {', '.join(_TOWERS)}; or a vision_config in config.json",
+            f"known: {', '.join(_TOWERS)}; or a SigLIP vision_config in config.json",
         )
+    cfg.ignore("text_config", "vision_feature_layer", "vision_feature_select_strategy")
+    cfg.require("projector_hidden_act", "gelu", reason="mlp2x_gelu has a GELU")
     tower, total = read_tower(part, cfg.integer("mm_vision_select_layer", -2, minimum=-1024))
     cfg.require("mm_vision_select_feature", "patch", reason="only patch features are supported")
     cfg.require("mm_projector_type", "mlp2x_gelu", reason="only mlp2x_gelu is supported")
