@@ -1,5 +1,6 @@
-// framequilt-run MODEL PROMPT [options]: the smallest embedded application, and a smoke test of an installation.
-// Reads a model directory, continues the prompt, prints text as it comes and a line of usage.
+// framequilt-run MODEL PROMPT [options]: the smallest embedded application, and a smoke test of an
+// installation. Reads a model directory, continues the prompt, prints text as it comes and a line
+// of usage.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -12,7 +13,8 @@ namespace {
 
 int usage() {
   std::fprintf(stderr,
-               "usage: framequilt-run MODEL PROMPT [--max-tokens N] [--temperature T] [--seed N] [--kv kv8]\n"
+               "usage: framequilt-run MODEL PROMPT [--max-tokens N] [--temperature T] [--seed N] "
+               "[--kv kv8]\n"
                "                      [--memory-mib N] [--threads N] [--simd TARGET]\n"
                "PROMPT is raw text; special tokens such as <|im_start|> are recognised.\n");
   return 2;
@@ -69,9 +71,11 @@ int main(int argc, char** argv) {
     std::printf("\n");
     if (event->error) return fail(*event->error);
     const fq::Usage& u = *event->usage;
-    std::fprintf(stderr, "%d prompt tokens in %.0f ms, %d tokens in %.0f ms, %lld KiB of KV, finish: %s\n",
+    std::fprintf(stderr,
+                 "%d prompt tokens in %.0f ms, %d tokens in %.0f ms, %lld KiB of KV, finish: %s\n",
                  u.prompt_tokens, u.timings.prefill_ms, u.completion_tokens, u.timings.decode_ms,
-                 static_cast<long long>(u.kv_bytes >> 10), std::string(fq::finish_reason_name(event->finish)).c_str());
+                 static_cast<long long>(u.kv_bytes >> 10),
+                 std::string(fq::finish_reason_name(event->finish)).c_str());
   }
   return 0;
 }

@@ -12,14 +12,17 @@ namespace fq::python {
 
 void raise(const Error& error) {
   const py::object from_code = py::module_::import("framequilt.errors").attr("from_code");
-  const py::object exception = from_code(std::string(code_name(error.code)), error.message, error.hint);
+  const py::object exception =
+      from_code(std::string(code_name(error.code)), error.message, error.hint);
   PyErr_SetObject(py::type::of(exception).ptr(), exception.ptr());
   throw py::error_already_set();
 }
 
 namespace {
 
-[[noreturn]] void invalid(const std::string& message) { raise({Code::kInvalidArgument, message, ""}); }
+[[noreturn]] void invalid(const std::string& message) {
+  raise({Code::kInvalidArgument, message, ""});
+}
 
 // Reads optional keys of a dict into fields and complains about keys nobody asked for.
 class Reader {
@@ -35,7 +38,8 @@ class Reader {
     try {
       *out = value.cast<T>();
     } catch (const py::cast_error&) {
-      invalid(where_ + "." + key + " has the wrong type: " + py::repr(value).cast<std::string>().substr(0, 80));
+      invalid(where_ + "." + key +
+              " has the wrong type: " + py::repr(value).cast<std::string>().substr(0, 80));
     }
   }
   py::object object(const char* key) {
@@ -141,7 +145,9 @@ py::object to_array(const std::vector<float>& values) {
   return array;
 }
 
-py::tuple logprob_to_tuple(const TokenLogprob& value) { return py::make_tuple(value.token, value.logprob); }
+py::tuple logprob_to_tuple(const TokenLogprob& value) {
+  return py::make_tuple(value.token, value.logprob);
+}
 
 py::dict usage_to_dict(const Usage& usage) {
   const Timings& t = usage.timings;

@@ -1,5 +1,6 @@
-// The Python module framequilt._framequilt: thin, typed translation between dicts/arrays and the public C++ API.
-// The GIL is released around everything that may wait or compute. Errors become framequilt.errors exceptions.
+// The Python module framequilt._framequilt: thin, typed translation between dicts/arrays and the
+// public C++ API. The GIL is released around everything that may wait or compute. Errors become
+// framequilt.errors exceptions.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -112,8 +113,9 @@ PYBIND11_MODULE(_framequilt, m) {
 
   py::class_<PyModel>(m, "Model", "An opened model directory; immutable, shared by engines.")
       .def_static("open", &PyModel::open, py::arg("path"), py::arg("verify_checksums") = false)
-      .def_property_readonly("weight_bytes",
-                             [](const PyModel& model) { return model.model->directory().weight_bytes(); });
+      .def_property_readonly("weight_bytes", [](const PyModel& model) {
+        return model.model->directory().weight_bytes();
+      });
 
   py::class_<PyStream>(m, "Stream", "Events of one request.")
       .def("next", &PyStream::next, py::arg("timeout_seconds"))
@@ -122,24 +124,26 @@ PYBIND11_MODULE(_framequilt, m) {
       .def_property_readonly("id", &PyStream::id);
 
   py::class_<PyEngine>(m, "Engine", "Runs requests; thread-safe.")
-      .def(py::init([](const PyModel& model, const std::string& kv, uint64_t memory_bytes, int threads,
-                       int chunk_rows, int max_sequences, int max_context, const std::string& simd,
-                       uint32_t page_shuffle_seed, bool manual_step, bool text) {
-             return std::make_unique<PyEngine>(model, fq::EngineOptions{.kv = kv,
-                                                                        .memory_bytes = memory_bytes,
-                                                                        .threads = threads,
-                                                                        .chunk_rows = chunk_rows,
-                                                                        .max_sequences = max_sequences,
-                                                                        .max_context = max_context,
-                                                                        .simd = simd,
-                                                                        .page_shuffle_seed = page_shuffle_seed,
-                                                                        .manual_step = manual_step,
-                                                                        .text = text});
+      .def(py::init([](const PyModel& model, const std::string& kv, uint64_t memory_bytes,
+                       int threads, int chunk_rows, int max_sequences, int max_context,
+                       const std::string& simd, uint32_t page_shuffle_seed, bool manual_step,
+                       bool text) {
+             return std::make_unique<PyEngine>(
+                 model, fq::EngineOptions{.kv = kv,
+                                          .memory_bytes = memory_bytes,
+                                          .threads = threads,
+                                          .chunk_rows = chunk_rows,
+                                          .max_sequences = max_sequences,
+                                          .max_context = max_context,
+                                          .simd = simd,
+                                          .page_shuffle_seed = page_shuffle_seed,
+                                          .manual_step = manual_step,
+                                          .text = text});
            }),
-           py::arg("model"), py::arg("kv") = "", py::arg("memory_bytes") = uint64_t{1} << 30, py::arg("threads") = 0,
-           py::arg("chunk_rows") = 256, py::arg("max_sequences") = 64, py::arg("max_context") = 0,
-           py::arg("simd") = "", py::arg("page_shuffle_seed") = 0, py::arg("manual_step") = false,
-           py::arg("text") = true)
+           py::arg("model"), py::arg("kv") = "", py::arg("memory_bytes") = uint64_t{1} << 30,
+           py::arg("threads") = 0, py::arg("chunk_rows") = 256, py::arg("max_sequences") = 64,
+           py::arg("max_context") = 0, py::arg("simd") = "", py::arg("page_shuffle_seed") = 0,
+           py::arg("manual_step") = false, py::arg("text") = true)
       .def("submit", &PyEngine::submit, py::arg("request"))
       .def("step", &PyEngine::step)
       .def("close", &PyEngine::close)
@@ -148,28 +152,40 @@ PYBIND11_MODULE(_framequilt, m) {
       .def("stats", &PyEngine::stats)
       .def("describe_kernels", &PyEngine::describe_kernels);
 
-  py::class_<PyTokenizer>(m, "Tokenizer", "The engine's own tokenizer, as embedded applications use it.")
-      .def_static("open",
-                  [](const std::string& model_directory) {
-                    auto result = fq::Tokenizer::open(model_directory);
-                    if (!result) raise(result.error());
-                    return PyTokenizer{*result};
-                  },
-                  py::arg("model_directory"))
-      .def("encode",
-           [](const PyTokenizer& t, const std::string& text, bool parse_special) {
-             auto result = t.tokenizer->encode(text, parse_special);
-             if (!result) raise(result.error());
-             return *result;
-           },
-           py::arg("text"), py::arg("parse_special") = true)
-      .def("decode", [](const PyTokenizer& t, const std::vector<fq::TokenId>& ids) { return t.tokenizer->decode(ids); },
-           py::arg("ids"))
-      .def("token_bytes",
-           [](const PyTokenizer& t, fq::TokenId id) { return py::bytes(std::string(t.tokenizer->token_bytes(id))); },
-           py::arg("id"))
-      .def_property_readonly("vocab_size", [](const PyTokenizer& t) { return t.tokenizer->vocab_size(); });
+  py::class_<PyTokenizer>(m, "Tokenizer",
+                          "The engine's own tokenizer, as embedded applications use it.")
+      .def_static(
+          "open",
+          [](const std::string& model_directory) {
+            auto result = fq::Tokenizer::open(model_directory);
+            if (!result) raise(result.error());
+            return PyTokenizer{*result};
+          },
+          py::arg("model_directory"))
+      .def(
+          "encode",
+          [](const PyTokenizer& t, const std::string& text, bool parse_special) {
+            auto result = t.tokenizer->encode(text, parse_special);
+            if (!result) raise(result.error());
+            return *result;
+          },
+          py::arg("text"), py::arg("parse_special") = true)
+      .def(
+          "decode",
+          [](const PyTokenizer& t, const std::vector<fq::TokenId>& ids) {
+            return t.tokenizer->decode(ids);
+          },
+          py::arg("ids"))
+      .def(
+          "token_bytes",
+          [](const PyTokenizer& t, fq::TokenId id) {
+            return py::bytes(std::string(t.tokenizer->token_bytes(id)));
+          },
+          py::arg("id"))
+      .def_property_readonly("vocab_size",
+                             [](const PyTokenizer& t) { return t.tokenizer->vocab_size(); });
 
-  m.def("cpu_targets", &fq::backend::cpu_targets, "SIMD targets of this build and machine, best first.");
+  m.def("cpu_targets", &fq::backend::cpu_targets,
+        "SIMD targets of this build and machine, best first.");
   m.def("version", [] { return std::string(FRAMEQUILT_VERSION); });
 }

@@ -1,5 +1,6 @@
 // The engine: admits requests, runs them together, streams their tokens.
-// Thread-safe. One engine thread (or the caller of step()) owns all scheduling state; a fixed pool computes.
+// Thread-safe. One engine thread (or the caller of step()) owns all scheduling state; a fixed pool
+// computes.
 #pragma once
 
 #include <cstdint>
@@ -14,26 +15,28 @@
 namespace fq {
 
 struct EngineOptions {
-  std::string kv = "";              // "kv32" | "kv16" | "kv8" | "kv4"; "": the model directory's default
+  std::string kv = "";  // "kv32" | "kv16" | "kv8" | "kv4"; "": the model directory's default
   uint64_t memory_bytes = 1ull << 30;  // KV pages + workspace; weights are mapped and not counted
-  int threads = 0;                  // 0: one per physical core available to the process
-  int chunk_rows = 256;             // rows of one prefill step (and of one tile in layer-major prefill)
-  int max_sequences = 64;           // admitted at once; more wait in FIFO order
-  int max_context = 0;              // 0: the model's
-  std::string simd = "";            // "" best available | "scalar" (references) | a Highway target name, for tests
-  uint32_t page_shuffle_seed = 0;   // tests: hand out pages in a shuffled order
-  bool manual_step = false;         // true: no engine thread, the caller drives step()
-  bool text = true;                 // false: no tokenizer is opened; events carry tokens only, stop strings are refused
+  int threads = 0;                     // 0: one per physical core available to the process
+  int chunk_rows = 256;    // rows of one prefill step (and of one tile in layer-major prefill)
+  int max_sequences = 64;  // admitted at once; more wait in FIFO order
+  int max_context = 0;     // 0: the model's
+  std::string simd =
+      "";  // "" best available | "scalar" (references) | a Highway target name, for tests
+  uint32_t page_shuffle_seed = 0;  // tests: hand out pages in a shuffled order
+  bool manual_step = false;        // true: no engine thread, the caller drives step()
+  bool text =
+      true;  // false: no tokenizer is opened; events carry tokens only, stop strings are refused
 };
 
 // Where a model's memory goes, before anything is allocated.
 struct MemoryPlan {
   uint64_t weight_bytes = 0;
   uint64_t workspace_bytes = 0;
-  uint64_t kv_bytes = 0;          // pool size
+  uint64_t kv_bytes = 0;  // pool size
   uint64_t page_bytes = 0;
   int64_t pages = 0;
-  int64_t tokens = 0;             // tokens of one unreduced sequence that the pool can hold
+  int64_t tokens = 0;  // tokens of one unreduced sequence that the pool can hold
 };
 
 struct EngineStats {
@@ -46,7 +49,8 @@ struct EngineStats {
 
 class Engine;
 
-// The receiving end of one request. Movable; leaving it cancels the request. One consumer thread at a time.
+// The receiving end of one request. Movable; leaving it cancels the request. One consumer thread at
+// a time.
 class Stream {
  public:
   struct Impl;
@@ -55,10 +59,11 @@ class Stream {
   Stream(Stream&&) noexcept;
   Stream& operator=(Stream&&) noexcept;
 
-  // Blocks until the next event; empty after the finishing event was taken. With manual_step engines the call
-  // drives the engine itself.
+  // Blocks until the next event; empty after the finishing event was taken. With manual_step
+  // engines the call drives the engine itself.
   std::optional<Event> next();
-  // As next(), but gives up after `seconds` and returns an empty optional; done() tells the two apart.
+  // As next(), but gives up after `seconds` and returns an empty optional; done() tells the two
+  // apart.
   std::optional<Event> next_for(double seconds);
   bool done() const;  // the finishing event was taken
   // Takes effect at the next layer boundary; the finishing event says kCancelled. Any thread.
@@ -75,8 +80,10 @@ class Engine {
  public:
   class Impl;
 
-  // Binds every block to kernels, reserves the KV pool. Errors: invalid_argument, unsupported, out_of_memory.
-  static Result<std::unique_ptr<Engine>> create(std::shared_ptr<const Model> model, const EngineOptions& options = {});
+  // Binds every block to kernels, reserves the KV pool. Errors: invalid_argument, unsupported,
+  // out_of_memory.
+  static Result<std::unique_ptr<Engine>> create(std::shared_ptr<const Model> model,
+                                                const EngineOptions& options = {});
   // Cancels what runs, waits for the engine thread.
   ~Engine();
   Engine(const Engine&) = delete;
@@ -85,8 +92,9 @@ class Engine {
   // Never fails by itself: a request that cannot run yields one finishing event with its error.
   Stream submit(Request request);
 
-  // Drives the engine until there is nothing to do, or does one step (one layer of a layer-major prefill, or one
-  // pass of a token-major batch). Only for manual_step engines. Returns whether work remains.
+  // Drives the engine until there is nothing to do, or does one step (one layer of a layer-major
+  // prefill, or one pass of a token-major batch). Only for manual_step engines. Returns whether
+  // work remains.
   bool step();
   void run();
 

@@ -1,5 +1,6 @@
 // What a request carries besides text: preprocessed video frames, an image, or ready-made rows.
-// Owned by the request. Frames are decoded, resized and normalised by the caller (Python: framequilt.vision).
+// Owned by the request. Frames are decoded, resized and normalised by the caller (Python:
+// framequilt.vision).
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,8 @@
 namespace fq {
 
 enum class MediaKind : uint8_t {
-  kVideo,      // frames pooled and laid out in time, as the model's visual layout says for video
-  kImage,      // one overview (frame 0), then tiles of one larger grid, as the layout says for images
+  kVideo,  // frames pooled and laid out in time, as the model's visual layout says for video
+  kImage,  // one overview (frame 0), then tiles of one larger grid, as the layout says for images
   kEmbedding,  // rows that already live in the decoder's input space
 };
 

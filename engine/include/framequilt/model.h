@@ -1,5 +1,5 @@
-// An opened model directory: its description and its memory-mapped weights. Immutable after open(), shared by
-// any number of engines and threads.
+// An opened model directory: its description and its memory-mapped weights. Immutable after open(),
+// shared by any number of engines and threads.
 #pragma once
 
 #include <filesystem>

@@ -11,18 +11,18 @@
 namespace fq {
 
 enum class Code {
-  kInvalidArgument,   // the caller asked for something that cannot be
-  kNotFound,          // a file, tensor or model that is not there
-  kCorruptModel,      // a model file that breaks its own format
-  kUnsupported,       // well formed, but nothing here can run it
-  kVersionMismatch,   // written by a newer (or older) Framequilt
-  kContextOverflow,   // prompt + max_tokens do not fit the model's context
-  kOutOfPages,        // the KV pool can never hold this request
-  kOutOfMemory,       // the operating system refused memory
-  kCancelled,         // the caller cancelled
-  kClosed,            // the engine was closed
-  kIo,                // the operating system refused a file operation
-  kInternal,          // a broken invariant of ours: please report
+  kInvalidArgument,  // the caller asked for something that cannot be
+  kNotFound,         // a file, tensor or model that is not there
+  kCorruptModel,     // a model file that breaks its own format
+  kUnsupported,      // well formed, but nothing here can run it
+  kVersionMismatch,  // written by a newer (or older) Framequilt
+  kContextOverflow,  // prompt + max_tokens do not fit the model's context
+  kOutOfPages,       // the KV pool can never hold this request
+  kOutOfMemory,      // the operating system refused memory
+  kCancelled,        // the caller cancelled
+  kClosed,           // the engine was closed
+  kIo,               // the operating system refused a file operation
+  kInternal,         // a broken invariant of ours: please report
 };
 
 // Stable lower-case name ("corrupt_model"), used by Python, JSON and logs.
@@ -41,7 +41,8 @@ struct Error {
 class [[nodiscard]] Status {
  public:
   Status() = default;
-  Status(Error error) : error_(std::move(error)), failed_(true) {}  // NOLINT(google-explicit-constructor)
+  Status(Error error)
+      : error_(std::move(error)), failed_(true) {}  // NOLINT(google-explicit-constructor)
 
   bool ok() const { return !failed_; }
   explicit operator bool() const { return ok(); }
@@ -59,8 +60,10 @@ class [[nodiscard]] Status {
 template <class T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}      // NOLINT(google-explicit-constructor)
-  Result(Error error) : state_(std::in_place_index<1>, std::move(error)) {}  // NOLINT(google-explicit-constructor)
+  Result(T value)
+      : state_(std::in_place_index<0>, std::move(value)) {}  // NOLINT(google-explicit-constructor)
+  Result(Error error)
+      : state_(std::in_place_index<1>, std::move(error)) {}  // NOLINT(google-explicit-constructor)
 
   bool ok() const { return state_.index() == 0; }
   explicit operator bool() const { return ok(); }
@@ -90,19 +93,19 @@ class [[nodiscard]] Result {
 }  // namespace fq
 
 // Returns the error of `expr` (a Status) to the caller.
-#define FQ_RETURN_IF_ERROR(expr)                          \
-  do {                                                    \
-    if (::fq::Status fq_status_ = (expr); !fq_status_) {  \
-      return fq_status_.error();                          \
-    }                                                     \
+#define FQ_RETURN_IF_ERROR(expr)                         \
+  do {                                                   \
+    if (::fq::Status fq_status_ = (expr); !fq_status_) { \
+      return fq_status_.error();                         \
+    }                                                    \
   } while (0)
 
 #define FQ_CONCAT_INNER(a, b) a##b
 #define FQ_CONCAT(a, b) FQ_CONCAT_INNER(a, b)
 // Declares or assigns `lhs` from the Result `expr`, or returns its error to the caller.
-#define FQ_ASSIGN_OR_RETURN(lhs, expr)                             \
-  auto FQ_CONCAT(fq_result_, __LINE__) = (expr);                   \
-  if (!FQ_CONCAT(fq_result_, __LINE__)) {                          \
-    return FQ_CONCAT(fq_result_, __LINE__).error();                \
-  }                                                                \
+#define FQ_ASSIGN_OR_RETURN(lhs, expr)              \
+  auto FQ_CONCAT(fq_result_, __LINE__) = (expr);    \
+  if (!FQ_CONCAT(fq_result_, __LINE__)) {           \
+    return FQ_CONCAT(fq_result_, __LINE__).error(); \
+  }                                                 \
   lhs = std::move(*FQ_CONCAT(fq_result_, __LINE__))

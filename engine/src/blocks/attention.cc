@@ -3,7 +3,8 @@
 namespace fq::blocks {
 
 Result<DecoderAttention> DecoderAttention::bind(const Binder& binder, const std::string& layer,
-                                                const model::DecoderSpec& spec, const quant::KvPageLayout& layout,
+                                                const model::DecoderSpec& spec,
+                                                const quant::KvPageLayout& layout,
                                                 const float* inv_freq) {
   DecoderAttention block;
   block.spec_ = spec.attention;
@@ -11,11 +12,13 @@ Result<DecoderAttention> DecoderAttention::bind(const Binder& binder, const std:
   block.layout_ = &layout;
   block.rope_table_ = {.inv_freq = inv_freq, .dims = spec.rope.dims};
   const bool bias = spec.attention.qkv_bias;
-  FQ_ASSIGN_OR_RETURN(block.norm_, Norm::bind(binder, layer + ".attention_norm", spec.norm, spec.hidden));
+  FQ_ASSIGN_OR_RETURN(block.norm_,
+                      Norm::bind(binder, layer + ".attention_norm", spec.norm, spec.hidden));
   FQ_ASSIGN_OR_RETURN(block.q_, Linear::bind(binder, layer + ".attention.q", bias));
   FQ_ASSIGN_OR_RETURN(block.k_, Linear::bind(binder, layer + ".attention.k", bias));
   FQ_ASSIGN_OR_RETURN(block.v_, Linear::bind(binder, layer + ".attention.v", bias));
-  FQ_ASSIGN_OR_RETURN(block.o_, Linear::bind(binder, layer + ".attention.o", spec.attention.output_bias));
+  FQ_ASSIGN_OR_RETURN(block.o_,
+                      Linear::bind(binder, layer + ".attention.o", spec.attention.output_bias));
   FQ_ASSIGN_OR_RETURN(block.rope_, binder.backend.rope());
   FQ_ASSIGN_OR_RETURN(block.append_, binder.backend.kv_append(layout));
   FQ_ASSIGN_OR_RETURN(block.attention_, binder.backend.attention(layout));
@@ -29,8 +32,9 @@ int64_t DecoderAttention::scratch_floats(int64_t rows) const {
   return rows * (hidden_ + 2 * q_width + 2 * kv_width);
 }
 
-void DecoderAttention::forward(float* x, int64_t rows, const int32_t* positions, std::span<const KvSegment> segments,
-                               float* scratch, std::vector<ops::AttentionArgs>* items, ThreadPool& pool) const {
+void DecoderAttention::forward(float* x, int64_t rows, const int32_t* positions,
+                               std::span<const KvSegment> segments, float* scratch,
+                               std::vector<ops::AttentionArgs>* items, ThreadPool& pool) const {
   const int64_t q_width = int64_t{spec_.heads} * spec_.head_dim;
   const int64_t kv_width = int64_t{spec_.kv_heads} * spec_.head_dim;
   float* normed = scratch;
@@ -43,41 +47,72 @@ void DecoderAttention::forward(float* x, int64_t rows, const int32_t* positions,
   q_->run(normed, hidden_, rows, q, q_width, false, pool);
   k_->run(normed, hidden_, rows, k, kv_width, false, pool);
   v_->run(normed, hidden_, rows, v, kv_width, false, pool);
-  rope_({.x = q, .stride = q_width, .rows = rows, .heads = spec_.heads, .head_dim = spec_.head_dim,
-         .positions = positions, .table = rope_table_},
+  rope_({.x = q,
+         .stride = q_width,
+         .rows = rows,
+         .heads = spec_.heads,
+         .head_dim = spec_.head_dim,
+         .positions = positions,
+         .table = rope_table_},
         pool);
-  rope_({.x = k, .stride = kv_width, .rows = rows, .heads = spec_.kv_heads, .head_dim = spec_.head_dim,
-         .positions = positions, .table = rope_table_},
+  rope_({.x = k,
+         .stride = kv_width,
+         .rows = rows,
+         .heads = spec_.kv_heads,
+         .head_dim = spec_.head_dim,
+         .positions = positions,
+         .table = rope_table_},
         pool);
 
   items->clear();
   for (const KvSegment& s : segments) {
     const ops::KvView view{.layout = layout_, .pages = s.pages, .length = s.begin + s.rows};
-    append_({.k = k + s.row * kv_width, .v = v + s.row * kv_width, .k_stride = kv_width, .v_stride = kv_width,
-             .rows = s.rows, .begin = s.begin, .kv = view},
+    append_({.k = k + s.row * kv_width,
+             .v = v + s.row * kv_width,
+             .k_stride = kv_width,
+             .v_stride = kv_width,
+             .rows = s.rows,
+             .begin = s.begin,
+             .kv = view},
             pool);
-    items->push_back({.q = q + s.row * q_width, .q_stride = q_width, .out = out + s.row * q_width,
-                      .out_stride = q_width, .rows = s.rows, .begin = s.begin, .heads = spec_.heads,
-                      .scale = spec_.scale, .kv = view});
+    items->push_back({.q = q + s.row * q_width,
+                      .q_stride = q_width,
+                      .out = out + s.row * q_width,
+                      .out_stride = q_width,
+                      .rows = s.rows,
+                      .begin = s.begin,
+                      .heads = spec_.heads,
+                      .scale = spec_.scale,
+                      .kv = view});
   }
   attention_(*items, pool);
   o_->run(out, q_width, rows, x, hidden_, true, pool);
 }
 
-void DecoderAttention::queries(const float* x, int64_t rows, const int32_t* positions, float* q, float* scratch,
-                               ThreadPool& pool) const {
+void DecoderAttention::queries(const float* x, int64_t rows, const int32_t* positions, float* q,
+                               float* scratch, ThreadPool& pool) const {
   const int64_t q_width = int64_t{spec_.heads} * spec_.head_dim;
   norm_->run(x, scratch, rows, pool);
   q_->run(scratch, hidden_, rows, q, q_width, false, pool);
-  rope_({.x = q, .stride = q_width, .rows = rows, .heads = spec_.heads, .head_dim = spec_.head_dim,
-         .positions = positions, .table = rope_table_},
+  rope_({.x = q,
+         .stride = q_width,
+         .rows = rows,
+         .heads = spec_.heads,
+         .head_dim = spec_.head_dim,
+         .positions = positions,
+         .table = rope_table_},
         pool);
 }
 
-void DecoderAttention::importance(const float* q, int count, std::byte* const* pages, int64_t length, float* out,
-                                  ThreadPool& pool) const {
-  importance_({.q = q, .q_stride = int64_t{spec_.heads} * spec_.head_dim, .queries = count, .heads = spec_.heads,
-               .scale = spec_.scale, .kv = {.layout = layout_, .pages = pages, .length = length}, .out = out},
+void DecoderAttention::importance(const float* q, int count, std::byte* const* pages,
+                                  int64_t length, float* out, ThreadPool& pool) const {
+  importance_({.q = q,
+               .q_stride = int64_t{spec_.heads} * spec_.head_dim,
+               .queries = count,
+               .heads = spec_.heads,
+               .scale = spec_.scale,
+               .kv = {.layout = layout_, .pages = pages, .length = length},
+               .out = out},
               pool);
 }
 
@@ -87,11 +122,13 @@ Result<EncoderAttention> EncoderAttention::bind(const Binder& binder, const std:
   block.spec_ = spec.attention;
   block.hidden_ = spec.hidden;
   const bool bias = spec.attention.qkv_bias;
-  FQ_ASSIGN_OR_RETURN(block.norm_, Norm::bind(binder, layer + ".attention_norm", spec.norm, spec.hidden));
+  FQ_ASSIGN_OR_RETURN(block.norm_,
+                      Norm::bind(binder, layer + ".attention_norm", spec.norm, spec.hidden));
   FQ_ASSIGN_OR_RETURN(block.q_, Linear::bind(binder, layer + ".attention.q", bias));
   FQ_ASSIGN_OR_RETURN(block.k_, Linear::bind(binder, layer + ".attention.k", bias));
   FQ_ASSIGN_OR_RETURN(block.v_, Linear::bind(binder, layer + ".attention.v", bias));
-  FQ_ASSIGN_OR_RETURN(block.o_, Linear::bind(binder, layer + ".attention.o", spec.attention.output_bias));
+  FQ_ASSIGN_OR_RETURN(block.o_,
+                      Linear::bind(binder, layer + ".attention.o", spec.attention.output_bias));
   FQ_ASSIGN_OR_RETURN(block.attention_, binder.backend.encoder_attention(spec.attention.head_dim));
   return block;
 }
@@ -100,7 +137,8 @@ int64_t EncoderAttention::scratch_floats(int64_t rows) const {
   return rows * (hidden_ + 4 * int64_t{spec_.heads} * spec_.head_dim);
 }
 
-void EncoderAttention::forward(float* x, int64_t blocks, int64_t tokens, float* scratch, ThreadPool& pool) const {
+void EncoderAttention::forward(float* x, int64_t blocks, int64_t tokens, float* scratch,
+                               ThreadPool& pool) const {
   const int64_t rows = blocks * tokens;
   const int64_t width = int64_t{spec_.heads} * spec_.head_dim;
   float* normed = scratch;
@@ -112,8 +150,16 @@ void EncoderAttention::forward(float* x, int64_t blocks, int64_t tokens, float* 
   q_->run(normed, hidden_, rows, q, width, false, pool);
   k_->run(normed, hidden_, rows, k, width, false, pool);
   v_->run(normed, hidden_, rows, v, width, false, pool);
-  attention_({.q = q, .k = k, .v = v, .out = out, .stride = width, .blocks = blocks, .tokens = tokens,
-              .heads = spec_.heads, .head_dim = spec_.head_dim, .scale = spec_.scale},
+  attention_({.q = q,
+              .k = k,
+              .v = v,
+              .out = out,
+              .stride = width,
+              .blocks = blocks,
+              .tokens = tokens,
+              .heads = spec_.heads,
+              .head_dim = spec_.head_dim,
+              .scale = spec_.scale},
              pool);
   o_->run(out, width, rows, x, hidden_, true, pool);
 }

@@ -1,5 +1,5 @@
-// Attention blocks of pre-norm layers. DecoderAttention is causal over paged KV of several sequences;
-// EncoderAttention is full attention inside blocks of rows (frames of a vision tower).
+// Attention blocks of pre-norm layers. DecoderAttention is causal over paged KV of several
+// sequences; EncoderAttention is full attention inside blocks of rows (frames of a vision tower).
 #pragma once
 
 #include <optional>
@@ -13,27 +13,31 @@ namespace fq::blocks {
 
 // Consecutive rows of one sequence inside a batch of rows, and the KV of the layer they attend to.
 struct KvSegment {
-  int64_t row = 0;    // first row in the batch
+  int64_t row = 0;  // first row in the batch
   int64_t rows = 0;
-  int64_t begin = 0;  // tokens in the layer's KV before these rows
+  int64_t begin = 0;                  // tokens in the layer's KV before these rows
   std::byte* const* pages = nullptr;  // already long enough for begin + rows tokens
 };
 
 class DecoderAttention {
  public:
-  static Result<DecoderAttention> bind(const Binder& binder, const std::string& layer, const model::DecoderSpec& spec,
+  static Result<DecoderAttention> bind(const Binder& binder, const std::string& layer,
+                                       const model::DecoderSpec& spec,
                                        const quant::KvPageLayout& layout, const float* inv_freq);
 
   int64_t scratch_floats(int64_t rows) const;
-  // x[rows, hidden] += o(attention(...)). Appends K and V of every row to its segment's pages first.
-  // `items` is scratch for one AttentionArgs per segment, reused between calls.
-  void forward(float* x, int64_t rows, const int32_t* positions, std::span<const KvSegment> segments, float* scratch,
+  // x[rows, hidden] += o(attention(...)). Appends K and V of every row to its segment's pages
+  // first. `items` is scratch for one AttentionArgs per segment, reused between calls.
+  void forward(float* x, int64_t rows, const int32_t* positions,
+               std::span<const KvSegment> segments, float* scratch,
                std::vector<ops::AttentionArgs>* items, ThreadPool& pool) const;
 
-  // Queries (after rope) of x[rows, hidden] into q[rows, heads*head_dim], for importance(). scratch: rows * hidden.
+  // Queries (after rope) of x[rows, hidden] into q[rows, heads*head_dim], for importance().
+  // scratch: rows * hidden.
   void queries(const float* x, int64_t rows, const int32_t* positions, float* q, float* scratch,
                ThreadPool& pool) const;
-  // Mean attention that the tokens of the KV received from `count` query rows (the last ones). out[length].
+  // Mean attention that the tokens of the KV received from `count` query rows (the last ones).
+  // out[length].
   void importance(const float* q, int count, std::byte* const* pages, int64_t length, float* out,
                   ThreadPool& pool) const;
 
@@ -52,7 +56,8 @@ class DecoderAttention {
 
 class EncoderAttention {
  public:
-  static Result<EncoderAttention> bind(const Binder& binder, const std::string& layer, const model::VisionSpec& spec);
+  static Result<EncoderAttention> bind(const Binder& binder, const std::string& layer,
+                                       const model::VisionSpec& spec);
 
   int64_t scratch_floats(int64_t rows) const;
   // x[blocks * tokens, hidden] in place.

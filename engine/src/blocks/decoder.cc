@@ -9,8 +9,8 @@ namespace fq::blocks {
 std::vector<float> rope_inv_freq(const model::RopeSpec& spec) {
   std::vector<float> inv(static_cast<size_t>(spec.dims / 2));
   for (size_t i = 0; i < inv.size(); ++i) {
-    // Float32 steps as the published models take them; positions are small enough for the rounding to matter at most
-    // in the last bit of the angle.
+    // Float32 steps as the published models take them; positions are small enough for the rounding
+    // to matter at most in the last bit of the angle.
     const float exponent = static_cast<float>(2 * i) / static_cast<float>(spec.dims);
     const float freq = 1.0f / std::pow(static_cast<float>(spec.base), exponent);
     inv[i] = freq;
@@ -37,19 +37,21 @@ Result<std::unique_ptr<const Decoder>> Decoder::bind(const Binder& binder, quant
   auto decoder = std::unique_ptr<Decoder>(new Decoder());
   decoder->spec_ = binder.directory.spec().decoder;
   const model::DecoderSpec& spec = decoder->spec_;
-  FQ_ASSIGN_OR_RETURN(decoder->layout_,
-                      quant::KvPageLayout::make(kv, spec.attention.kv_heads, spec.attention.head_dim));
+  FQ_ASSIGN_OR_RETURN(decoder->layout_, quant::KvPageLayout::make(kv, spec.attention.kv_heads,
+                                                                  spec.attention.head_dim));
   decoder->inv_freq_ = rope_inv_freq(spec.rope);
   FQ_ASSIGN_OR_RETURN(decoder->embedding_, Linear::bind(binder, "decoder.embedding", false));
   if (!spec.tied_embedding) {
     FQ_ASSIGN_OR_RETURN(decoder->head_, Linear::bind(binder, "decoder.head", false));
   }
-  FQ_ASSIGN_OR_RETURN(decoder->final_norm_, Norm::bind(binder, "decoder.final_norm", spec.norm, spec.hidden));
+  FQ_ASSIGN_OR_RETURN(decoder->final_norm_,
+                      Norm::bind(binder, "decoder.final_norm", spec.norm, spec.hidden));
   decoder->layers_.reserve(static_cast<size_t>(spec.layers));
   for (int i = 0; i < spec.layers; ++i) {
     const std::string prefix = "decoder.layers." + std::to_string(i);
-    FQ_ASSIGN_OR_RETURN(auto attention, DecoderAttention::bind(binder, prefix, spec, decoder->layout_,
-                                                               decoder->inv_freq_.data()));
+    FQ_ASSIGN_OR_RETURN(
+        auto attention,
+        DecoderAttention::bind(binder, prefix, spec, decoder->layout_, decoder->inv_freq_.data()));
     FQ_ASSIGN_OR_RETURN(auto mlp, Mlp::bind(binder, prefix, spec.mlp, spec.norm, spec.hidden));
     decoder->layers_.push_back({std::move(attention), std::move(mlp)});
   }
@@ -58,7 +60,8 @@ Result<std::unique_ptr<const Decoder>> Decoder::bind(const Binder& binder, quant
 
 int64_t Decoder::scratch_floats(int64_t rows) const {
   const DecoderLayer& layer = layers_.front();
-  return std::max({layer.attention.scratch_floats(rows), layer.mlp.scratch_floats(rows), rows * spec_.hidden});
+  return std::max(
+      {layer.attention.scratch_floats(rows), layer.mlp.scratch_floats(rows), rows * spec_.hidden});
 }
 
 void Decoder::embed(TokenId token, float* out) const {
@@ -68,7 +71,8 @@ void Decoder::embed(TokenId token, float* out) const {
   }
 }
 
-void Decoder::head(const float* x, int64_t rows, float* logits, float* scratch, ThreadPool& pool) const {
+void Decoder::head(const float* x, int64_t rows, float* logits, float* scratch,
+                   ThreadPool& pool) const {
   final_norm_->run(x, scratch, rows, pool);
   const Linear& head = head_ ? *head_ : *embedding_;
   head.run(scratch, spec_.hidden, rows, logits, spec_.vocab, false, pool);

@@ -15,10 +15,12 @@ namespace {
 Result<const float*> find_vector(const Binder& binder, const std::string& name, int64_t width) {
   const model::TensorView* tensor = binder.directory.find(name);
   if (tensor == nullptr) {
-    return Error{Code::kNotFound, "tensor '" + name + "' is not in the model directory", "convert the model again"};
+    return Error{Code::kNotFound, "tensor '" + name + "' is not in the model directory",
+                 "convert the model again"};
   }
   if (tensor->dtype != DType::kF32 || tensor->elements() != width) {
-    return Error{Code::kCorruptModel, "tensor '" + name + "' is not F32 with " + std::to_string(width) + " elements",
+    return Error{Code::kCorruptModel,
+                 "tensor '" + name + "' is not F32 with " + std::to_string(width) + " elements",
                  "convert the model again"};
   }
   return tensor->f32();
@@ -26,7 +28,8 @@ Result<const float*> find_vector(const Binder& binder, const std::string& name, 
 
 }  // namespace
 
-Result<Norm> Norm::bind(const Binder& binder, const std::string& slot, const model::NormSpec& spec, int width) {
+Result<Norm> Norm::bind(const Binder& binder, const std::string& slot, const model::NormSpec& spec,
+                        int width) {
   Norm norm;
   norm.width_ = width;
   norm.eps_ = spec.eps;

@@ -1,5 +1,6 @@
-// Linears and norms bound to their weights and kernels: the pieces that every block is made of. Bound once, when an
-// engine is created; immutable afterwards. Weights stay in the mapped model file.
+// Linears and norms bound to their weights and kernels: the pieces that every block is made of.
+// Bound once, when an engine is created; immutable afterwards. Weights stay in the mapped model
+// file.
 #pragma once
 
 #include <string>
@@ -26,9 +27,14 @@ class Linear {
   const quant::LinearWeights& weights() const { return weights_; }
 
   // y[rows, out] = (or +=) x[rows, in] W^T + bias
-  void run(const float* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride, bool accumulate,
-           ThreadPool& pool) const {
-    fn_({.x = x, .x_stride = x_stride, .rows = rows, .w = &weights_, .y = y, .y_stride = y_stride,
+  void run(const float* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride,
+           bool accumulate, ThreadPool& pool) const {
+    fn_({.x = x,
+         .x_stride = x_stride,
+         .rows = rows,
+         .w = &weights_,
+         .y = y,
+         .y_stride = y_stride,
          .accumulate = accumulate},
         pool);
   }
@@ -40,11 +46,19 @@ class Linear {
 
 class Norm {
  public:
-  static Result<Norm> bind(const Binder& binder, const std::string& slot, const model::NormSpec& spec, int width);
+  static Result<Norm> bind(const Binder& binder, const std::string& slot,
+                           const model::NormSpec& spec, int width);
 
   // y[rows, width] = norm(x[rows, width]); y may be x.
   void run(const float* x, float* y, int64_t rows, ThreadPool& pool) const {
-    fn_({.x = x, .y = y, .rows = rows, .width = width_, .weight = weight_, .bias = bias_, .eps = eps_}, pool);
+    fn_({.x = x,
+         .y = y,
+         .rows = rows,
+         .width = width_,
+         .weight = weight_,
+         .bias = bias_,
+         .eps = eps_},
+        pool);
   }
 
  private:

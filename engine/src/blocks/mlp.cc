@@ -17,7 +17,9 @@ Result<Mlp> Mlp::bind(const Binder& binder, const std::string& layer, const mode
   return mlp;
 }
 
-int64_t Mlp::scratch_floats(int64_t rows) const { return rows * (width_ + (gate_ ? 2 : 1) * int64_t{spec_.hidden}); }
+int64_t Mlp::scratch_floats(int64_t rows) const {
+  return rows * (width_ + (gate_ ? 2 : 1) * int64_t{spec_.hidden});
+}
 
 void Mlp::forward(float* x, int64_t rows, float* scratch, ThreadPool& pool) const {
   const int64_t hidden = spec_.hidden;
@@ -28,9 +30,12 @@ void Mlp::forward(float* x, int64_t rows, float* scratch, ThreadPool& pool) cons
   if (gate_) {
     float* gate = up + rows * hidden;
     gate_->run(normed, width_, rows, gate, hidden, false, pool);
-    activation_({.kind = spec_.activation, .x = gate, .gate = up, .y = up, .count = rows * hidden}, pool);
+    activation_({.kind = spec_.activation, .x = gate, .gate = up, .y = up, .count = rows * hidden},
+                pool);
   } else {
-    activation_({.kind = spec_.activation, .x = up, .gate = nullptr, .y = up, .count = rows * hidden}, pool);
+    activation_(
+        {.kind = spec_.activation, .x = up, .gate = nullptr, .y = up, .count = rows * hidden},
+        pool);
   }
   down_->run(up, hidden, rows, x, width_, true, pool);
 }

@@ -11,8 +11,8 @@ namespace fq::blocks {
 class Mlp {
  public:
   // `layer` is the slot prefix, e.g. "decoder.layers.3".
-  static Result<Mlp> bind(const Binder& binder, const std::string& layer, const model::MlpSpec& spec,
-                          const model::NormSpec& norm, int width);
+  static Result<Mlp> bind(const Binder& binder, const std::string& layer,
+                          const model::MlpSpec& spec, const model::NormSpec& norm, int width);
 
   // Floats of scratch for `rows` rows.
   int64_t scratch_floats(int64_t rows) const;

@@ -31,19 +31,24 @@ class Vision {
   // Floats of scratch for `frames` frames in any of the steps below.
   int64_t scratch_floats(int64_t frames) const;
 
-  // image[channels, size, size] x frames -> x[frames * patches, hidden]: patch embedding plus positions.
+  // image[channels, size, size] x frames -> x[frames * patches, hidden]: patch embedding plus
+  // positions.
   void embed(const float* images, int64_t frames, float* x, float* scratch, ThreadPool& pool) const;
   // One encoder layer on x in place.
   void layer(int index, float* x, int64_t frames, float* scratch, ThreadPool& pool) const;
   // x -> projected[frames * patches, output_width]
-  void project(const float* x, int64_t frames, float* projected, float* scratch, ThreadPool& pool) const;
+  void project(const float* x, int64_t frames, float* projected, float* scratch,
+               ThreadPool& pool) const;
 
   // How many rows `media` becomes. Errors: invalid_argument (sizes that the tower cannot take).
   Result<MediaRows> layout(const Media& media, bool merge_separators) const;
-  // Pools frames [first, first + count) of a video and puts newlines between. projected: those frames only,
-  // [count * patches, output_width]; out: all rows of the item, [layout.rows, output_width].
-  void arrange_video(const Media& media, int first, int count, const float* projected, float* out) const;
-  // All frames of an image at once: projected [frames * patches, output_width] -> out [layout.rows, output_width].
+  // Pools frames [first, first + count) of a video and puts newlines between. projected: those
+  // frames only, [count * patches, output_width]; out: all rows of the item, [layout.rows,
+  // output_width].
+  void arrange_video(const Media& media, int first, int count, const float* projected,
+                     float* out) const;
+  // All frames of an image at once: projected [frames * patches, output_width] -> out [layout.rows,
+  // output_width].
   void arrange_image(const Media& media, const float* projected, float* out) const;
 
  private:

@@ -1,5 +1,5 @@
-// A model directory, opened: strict config, mapped safetensors files, tensors checked against the description.
-// Immutable; any thread. Views live as long as the directory.
+// A model directory, opened: strict config, mapped safetensors files, tensors checked against the
+// description. Immutable; any thread. Views live as long as the directory.
 #pragma once
 
 #include <filesystem>
@@ -31,18 +31,20 @@ struct TensorView {
   const float* f32() const { return reinterpret_cast<const float*>(bytes.data()); }
 };
 
-// Parses a safetensors file image (8-byte little-endian header length, JSON header, data). Strict: header at most
-// 100 MB, offsets in range, contiguous, no overlap, no gap, sizes equal dtype x shape, no duplicate names; dtypes
-// of fq::DType only. Does not copy.
-Result<std::map<std::string, TensorView>> parse_safetensors(std::span<const std::byte> file, std::string_view where);
+// Parses a safetensors file image (8-byte little-endian header length, JSON header, data). Strict:
+// header at most 100 MB, offsets in range, contiguous, no overlap, no gap, sizes equal dtype x
+// shape, no duplicate names; dtypes of fq::DType only. Does not copy.
+Result<std::map<std::string, TensorView>> parse_safetensors(std::span<const std::byte> file,
+                                                            std::string_view where);
 
-// Parses and validates config.json text. Unknown keys, missing keys, wrong types, values out of range: corrupt_model;
-// another format version: version_mismatch.
+// Parses and validates config.json text. Unknown keys, missing keys, wrong types, values out of
+// range: corrupt_model; another format version: version_mismatch.
 Result<ModelSpec> parse_spec(std::string_view json, std::string_view where);
 
 class ModelDirectory {
  public:
-  static Result<std::unique_ptr<const ModelDirectory>> open(const std::filesystem::path& path, bool verify_checksums);
+  static Result<std::unique_ptr<const ModelDirectory>> open(const std::filesystem::path& path,
+                                                            bool verify_checksums);
 
   const ModelSpec& spec() const { return spec_; }
   const std::filesystem::path& path() const { return path_; }

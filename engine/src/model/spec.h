@@ -1,5 +1,5 @@
-// What a model is: pure data, read from config.json (format in engine/CONTRACT.md, "Model directory").
-// A closed vocabulary of blocks with few options each; no family names.
+// What a model is: pure data, read from config.json (format in engine/CONTRACT.md, "Model
+// directory"). A closed vocabulary of blocks with few options each; no family names.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +61,8 @@ struct DecoderSpec {
   MlpSpec mlp;
 };
 
-// A tower of pre-norm encoder blocks over non-overlapping patches, learned positions, no class token.
+// A tower of pre-norm encoder blocks over non-overlapping patches, learned positions, no class
+// token.
 struct VisionSpec {
   int image_size = 0, patch = 0, channels = 3;
   int hidden = 0, layers = 0;
@@ -83,8 +84,8 @@ struct VisualSpec {
   PoolMode pool = PoolMode::kNone;  // video frames
   int pool_stride = 1;
   NewlineMode newline = NewlineMode::kNone;  // video
-  // Images: overview unpooled, then the tile grid cropped to the picture, each grid row followed by a newline if
-  // image_newline. Grids larger than max_tiles tiles are shrunk bilinearly (0: never).
+  // Images: overview unpooled, then the tile grid cropped to the picture, each grid row followed by
+  // a newline if image_newline. Grids larger than max_tiles tiles are shrunk bilinearly (0: never).
   bool image_newline = false;
   int image_max_tiles = 0;
 };
@@ -107,8 +108,8 @@ struct DefaultsSpec {
 struct WeightFormat {
   enum class Kind : uint8_t { kF32, kBF16, kAffine };
   Kind kind = Kind::kBF16;
-  int bits = 0;           // kAffine: 4 or 8
-  int group = 0;          // kAffine: inputs per group, 0: one group per output row
+  int bits = 0;   // kAffine: 4 or 8
+  int group = 0;  // kAffine: inputs per group, 0: one group per output row
   bool symmetric = false;
   DType scale = DType::kF16;  // kAffine: F16 or F32
   std::string name() const;   // "f32", "bf16", "w4g128", "w4g128-sym", "w8row"
@@ -130,7 +131,8 @@ struct FileSpec {
 struct ModelSpec {
   int version = 1;
   std::string name;
-  std::map<std::string, std::string> source;  // free text about origin, for inspect; never interpreted
+  std::map<std::string, std::string>
+      source;  // free text about origin, for inspect; never interpreted
   DecoderSpec decoder;
   std::optional<VisionSpec> vision;
   std::optional<ProjectorSpec> projector;

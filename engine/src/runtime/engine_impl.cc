@@ -18,8 +18,8 @@ Error invalid(std::string message, std::string hint = "") {
 Status check_options(const EngineOptions& o) {
   const auto range = [](const char* name, int64_t value, int64_t low, int64_t high) -> Status {
     if (value >= low && value <= high) return {};
-    return invalid(std::string(name) + " is " + std::to_string(value) + ", expected " + std::to_string(low) + ".." +
-                   std::to_string(high));
+    return invalid(std::string(name) + " is " + std::to_string(value) + ", expected " +
+                   std::to_string(low) + ".." + std::to_string(high));
   };
   FQ_RETURN_IF_ERROR(range("threads", o.threads, 0, 1024));
   FQ_RETURN_IF_ERROR(range("chunk_rows", o.chunk_rows, 1, 1 << 16));
@@ -47,7 +47,8 @@ Result<std::shared_ptr<Engine::Impl>> Engine::Impl::create(std::shared_ptr<const
   }
   FQ_ASSIGN_OR_RETURN(impl->backend_, backend::make_cpu_backend(options.simd));
   impl->threads_ = std::make_unique<ThreadPool>(options.threads);
-  FQ_ASSIGN_OR_RETURN(auto kv, quant::parse_kv_format(options.kv.empty() ? spec.defaults.kv : options.kv));
+  FQ_ASSIGN_OR_RETURN(auto kv,
+                      quant::parse_kv_format(options.kv.empty() ? spec.defaults.kv : options.kv));
   const blocks::Binder binder{directory, *impl->backend_};
   FQ_ASSIGN_OR_RETURN(impl->decoder_, blocks::Decoder::bind(binder, kv));
   if (spec.vision) {
@@ -57,29 +58,34 @@ Result<std::shared_ptr<Engine::Impl>> Engine::Impl::create(std::shared_ptr<const
   MemoryPlan& plan = impl->plan_;
   const int layers = spec.decoder.layers;
   plan.weight_bytes = directory.weight_bytes();
-  plan.workspace_bytes = runtime::Executor::workspace_bytes(*impl->decoder_, impl->vision_.get(), options.chunk_rows,
-                                                            options.max_sequences);
+  plan.workspace_bytes = runtime::Executor::workspace_bytes(
+      *impl->decoder_, impl->vision_.get(), options.chunk_rows, options.max_sequences);
   plan.page_bytes = impl->decoder_->kv_layout().page_bytes;
   const uint64_t least = plan.workspace_bytes + plan.page_bytes * static_cast<uint64_t>(layers);
   if (options.memory_bytes < least) {
-    return invalid("memory_bytes is " + mib(options.memory_bytes) + ", the workspace and one page for each of " +
-                       std::to_string(layers) + " layers need " + mib(least),
+    return invalid("memory_bytes is " + mib(options.memory_bytes) +
+                       ", the workspace and one page for each of " + std::to_string(layers) +
+                       " layers need " + mib(least),
                    "give more memory, or lower chunk_rows or max_sequences");
   }
-  plan.pages = static_cast<int64_t>((options.memory_bytes - plan.workspace_bytes) / plan.page_bytes);
-  // No more than every sequence at full context could ever use: page ids stay small and plans honest.
-  plan.pages = std::min(plan.pages, options.max_sequences *
-                                        runtime::Scheduler::page_bound(impl->max_context_, 1, layers,
-                                                                       quant::kPageTokens));
+  plan.pages =
+      static_cast<int64_t>((options.memory_bytes - plan.workspace_bytes) / plan.page_bytes);
+  // No more than every sequence at full context could ever use: page ids stay small and plans
+  // honest.
+  plan.pages = std::min(
+      plan.pages, options.max_sequences * runtime::Scheduler::page_bound(
+                                              impl->max_context_, 1, layers, quant::kPageTokens));
   plan.kv_bytes = static_cast<uint64_t>(plan.pages) * plan.page_bytes;
   plan.tokens = plan.pages / layers * quant::kPageTokens;
 
-  FQ_ASSIGN_OR_RETURN(impl->pool_, kv::PagePool::create(plan.page_bytes, plan.pages, options.page_shuffle_seed));
-  impl->scheduler_ = std::make_unique<runtime::Scheduler>(impl->pool_.get(), layers, quant::kPageTokens,
-                                                          options.chunk_rows, options.max_sequences);
+  FQ_ASSIGN_OR_RETURN(impl->pool_,
+                      kv::PagePool::create(plan.page_bytes, plan.pages, options.page_shuffle_seed));
+  impl->scheduler_ = std::make_unique<runtime::Scheduler>(
+      impl->pool_.get(), layers, quant::kPageTokens, options.chunk_rows, options.max_sequences);
   try {
-    impl->executor_ = std::make_unique<runtime::Executor>(*impl->decoder_, impl->vision_.get(), *impl->backend_,
-                                                          *impl->threads_, options.chunk_rows, options.max_sequences);
+    impl->executor_ = std::make_unique<runtime::Executor>(
+        *impl->decoder_, impl->vision_.get(), *impl->backend_, *impl->threads_, options.chunk_rows,
+        options.max_sequences);
   } catch (const std::bad_alloc&) {
     return Error{Code::kOutOfMemory, "no memory for a workspace of " + mib(plan.workspace_bytes),
                  "lower chunk_rows or max_sequences"};
@@ -96,7 +102,8 @@ Status Engine::Impl::check_request(const Request& request) const {
   const model::DecoderSpec& decoder = decoder_->spec();
   FQ_RETURN_IF_ERROR(runtime::validate_sampling(request.sampling, decoder.vocab));
   if (!tokenizer_ && !request.sampling.stop_strings.empty()) {
-    return invalid("stop strings need text, and this engine was created without", "use stop_tokens");
+    return invalid("stop strings need text, and this engine was created without",
+                   "use stop_tokens");
   }
   if (request.return_prompt_logits && request.reduction.framefusion) {
     return invalid("prompt logits were asked for together with token reduction",
@@ -105,13 +112,13 @@ Status Engine::Impl::check_request(const Request& request) const {
   return {};
 }
 
-Result<std::unique_ptr<runtime::Sequence>> Engine::Impl::prepare(Request request,
-                                                                 std::shared_ptr<Stream::Impl> stream) const {
+Result<std::unique_ptr<runtime::Sequence>> Engine::Impl::prepare(
+    Request request, std::shared_ptr<Stream::Impl> stream) const {
   FQ_RETURN_IF_ERROR(check_request(request));
   auto sequence = std::make_unique<runtime::Sequence>();
   sequence->stream = std::move(stream);
-  FQ_ASSIGN_OR_RETURN(sequence->prompt,
-                      runtime::lay_out_prompt(request, model_->directory().spec(), vision_.get(), max_context_));
+  FQ_ASSIGN_OR_RETURN(sequence->prompt, runtime::lay_out_prompt(request, model_->directory().spec(),
+                                                                vision_.get(), max_context_));
   const int64_t rows = sequence->prompt.rows();
   if (request.reduction.framefusion) {
     // Options are refused here, not after minutes of vision work.
@@ -121,14 +128,16 @@ Result<std::unique_ptr<runtime::Sequence>> Engine::Impl::prepare(Request request
                                                            .layers = decoder_->spec().layers},
                                                           *backend_));
   }
-  sequence->max_tokens = static_cast<int>(std::min<int64_t>(request.sampling.max_tokens, max_context_ - rows));
-  const int64_t pages = runtime::Scheduler::page_bound(rows, sequence->max_tokens, decoder_->spec().layers,
-                                                       quant::kPageTokens);
+  sequence->max_tokens =
+      static_cast<int>(std::min<int64_t>(request.sampling.max_tokens, max_context_ - rows));
+  const int64_t pages = runtime::Scheduler::page_bound(rows, sequence->max_tokens,
+                                                       decoder_->spec().layers, quant::kPageTokens);
   if (pages > plan_.pages) {
     return Error{Code::kOutOfPages,
                  "the request may need " + std::to_string(pages) + " KV pages, the pool has " +
                      std::to_string(plan_.pages),
-                 "give the engine more memory (" + mib(static_cast<uint64_t>(pages) * plan_.page_bytes) +
+                 "give the engine more memory (" +
+                     mib(static_cast<uint64_t>(pages) * plan_.page_bytes) +
                      " of KV), a smaller KV format, fewer frames or a lower max_tokens"};
   }
   std::vector<TokenId> text_prompt;  // media placeholders are no tokens to penalise
@@ -173,7 +182,8 @@ Stream Engine::Impl::submit(Request request) {
     live_.push_back(state);
     inbox_.push_back(std::move(*sequence));
   } catch (const std::bad_alloc&) {
-    return refuse(Error{Code::kOutOfMemory, "no memory to lay out the request", "use fewer frames"});
+    return refuse(
+        Error{Code::kOutOfMemory, "no memory to lay out the request", "use fewer frames"});
   }
   changed_.notify_all();
   return Stream(state);
@@ -235,7 +245,9 @@ void Engine::Impl::cancel_flagged() {
 }
 
 void Engine::Impl::run_unit(runtime::Sequence& sequence) {
-  const auto sample = [this](runtime::Sequence& s, std::span<float> logits) { on_logits(s, logits); };
+  const auto sample = [this](runtime::Sequence& s, std::span<float> logits) {
+    on_logits(s, logits);
+  };
   try {
     if (sequence.phase == runtime::Phase::kVision) {
       if (executor_->vision_unit(sequence)) {
@@ -250,20 +262,24 @@ void Engine::Impl::run_unit(runtime::Sequence& sequence) {
       scheduler_->return_surplus(sequence);
     }
   } catch (const std::bad_alloc&) {
-    fail(sequence, {Code::kOutOfMemory, "no memory for the rows of the request", "use fewer frames"});
+    fail(sequence,
+         {Code::kOutOfMemory, "no memory for the rows of the request", "use fewer frames"});
   }
 }
 
 void Engine::Impl::run_batch() {
   scheduler_->compose(&batch_);
   if (batch_.empty()) return;
-  const auto sample = [this](runtime::Sequence& s, std::span<float> logits) { on_logits(s, logits); };
+  const auto sample = [this](runtime::Sequence& s, std::span<float> logits) {
+    on_logits(s, logits);
+  };
   try {
     executor_->token_pass(batch_, sample);
   } catch (const std::bad_alloc&) {
     for (runtime::BatchItem& item : batch_) {
       if (item.sequence->phase != runtime::Phase::kDone) {
-        fail(*item.sequence, {Code::kOutOfMemory, "no memory while running", "use a smaller batch"});
+        fail(*item.sequence,
+             {Code::kOutOfMemory, "no memory while running", "use a smaller batch"});
       }
     }
   }
@@ -297,14 +313,16 @@ void Engine::Impl::on_logits(runtime::Sequence& sequence, std::span<float> logit
     matched = sequence.stop->push(tokenizer_->token_bytes(event.token), &event.text);
   }
   if (end || matched) return finish(sequence, FinishReason::kStop, std::move(event));
-  if (sequence.generated >= sequence.max_tokens) return finish(sequence, FinishReason::kLength, std::move(event));
+  if (sequence.generated >= sequence.max_tokens)
+    return finish(sequence, FinishReason::kLength, std::move(event));
   sequence.stream->push(std::move(event));
 }
 
 void Engine::Impl::finish(runtime::Sequence& sequence, FinishReason reason, Event event,
                           std::optional<Error> error) {
   if (tokenizer_ && sequence.stop->flush(&event.text) && reason == FinishReason::kLength) {
-    reason = FinishReason::kStop;  // the replacement of an unfinished character completed a stop string
+    reason =
+        FinishReason::kStop;  // the replacement of an unfinished character completed a stop string
   }
   auto usage = std::make_shared<Usage>(std::move(sequence.usage));
   usage->completion_tokens = sequence.generated;
@@ -312,8 +330,8 @@ void Engine::Impl::finish(runtime::Sequence& sequence, FinishReason reason, Even
   int64_t pages = 0, unreduced = 0;
   for (const kv::PageTable& table : sequence.tables) {
     pages += static_cast<int64_t>(table.ids().size());
-    unreduced += kv::PageTable::pages_for(sequence.prompt.rows() + std::max(0, sequence.generated - 1),
-                                          quant::kPageTokens);
+    unreduced += kv::PageTable::pages_for(
+        sequence.prompt.rows() + std::max(0, sequence.generated - 1), quant::kPageTokens);
   }
   usage->kv_bytes = pages * static_cast<int64_t>(plan_.page_bytes);
   usage->kv_bytes_unreduced = unreduced * static_cast<int64_t>(plan_.page_bytes);
@@ -393,24 +411,30 @@ Status Engine::Impl::check_integrity_now() {
       ids.insert(ids.end(), table.ids().begin(), table.ids().end());
       if (static_cast<int64_t>(table.ids().size()) !=
           kv::PageTable::pages_for(table.length(), quant::kPageTokens)) {
-        broken = Error{Code::kInternal, "a page table of length " + std::to_string(table.length()) + " has " +
-                                            std::to_string(table.ids().size()) + " pages", ""};
+        broken = Error{Code::kInternal,
+                       "a page table of length " + std::to_string(table.length()) + " has " +
+                           std::to_string(table.ids().size()) + " pages",
+                       ""};
       }
     }
   });
   FQ_RETURN_IF_ERROR(broken);
   if (reserved != pool_->reserved()) {
-    return Error{Code::kInternal, "sequences hold " + std::to_string(reserved) + " promised pages, the pool promised " +
-                                      std::to_string(pool_->reserved()), ""};
+    return Error{Code::kInternal,
+                 "sequences hold " + std::to_string(reserved) +
+                     " promised pages, the pool promised " + std::to_string(pool_->reserved()),
+                 ""};
   }
   return pool_->check_integrity(ids);
 }
 
 std::string Engine::Impl::describe_kernels() const {
-  std::string text = "backend: " + backend_->name() + "\nkv: " + decoder_->kv_layout().format.name() + ", page " +
+  std::string text = "backend: " + backend_->name() +
+                     "\nkv: " + decoder_->kv_layout().format.name() + ", page " +
                      std::to_string(plan_.page_bytes) + " bytes per layer\n";
   std::map<std::string, int> formats;
-  for (const auto& [name, linear] : model_->directory().spec().linears) ++formats[linear.format.name()];
+  for (const auto& [name, linear] : model_->directory().spec().linears)
+    ++formats[linear.format.name()];
   for (const auto& [format, count] : formats) {
     text += "linear " + format + ": " + std::to_string(count) + " matrices, float32 activations\n";
   }

@@ -1,6 +1,6 @@
-// The engine loop: takes submitted requests, lets the scheduler choose and the executor compute, samples, streams.
-// Everything below "engine thread" in this class is touched by one thread at a time: the engine's own, or whoever
-// calls step() on a manual engine.
+// The engine loop: takes submitted requests, lets the scheduler choose and the executor compute,
+// samples, streams. Everything below "engine thread" in this class is touched by one thread at a
+// time: the engine's own, or whoever calls step() on a manual engine.
 #pragma once
 
 #include <condition_variable>
@@ -21,7 +21,8 @@ namespace fq {
 
 class Engine::Impl : public std::enable_shared_from_this<Engine::Impl> {
  public:
-  static Result<std::shared_ptr<Impl>> create(std::shared_ptr<const Model> model, const EngineOptions& options);
+  static Result<std::shared_ptr<Impl>> create(std::shared_ptr<const Model> model,
+                                              const EngineOptions& options);
 
   Stream submit(Request request);
   bool step();
@@ -39,7 +40,8 @@ class Engine::Impl : public std::enable_shared_from_this<Engine::Impl> {
   Impl() = default;
 
   // Any thread.
-  Result<std::unique_ptr<runtime::Sequence>> prepare(Request request, std::shared_ptr<Stream::Impl> stream) const;
+  Result<std::unique_ptr<runtime::Sequence>> prepare(Request request,
+                                                     std::shared_ptr<Stream::Impl> stream) const;
   Status check_request(const Request& request) const;
 
   // Engine thread.
@@ -49,7 +51,8 @@ class Engine::Impl : public std::enable_shared_from_this<Engine::Impl> {
   void run_unit(runtime::Sequence& sequence);
   void run_batch();
   void on_logits(runtime::Sequence& sequence, std::span<float> logits);
-  void finish(runtime::Sequence& sequence, FinishReason reason, Event event, std::optional<Error> error = {});
+  void finish(runtime::Sequence& sequence, FinishReason reason, Event event,
+              std::optional<Error> error = {});
   void fail(runtime::Sequence& sequence, Error error) {
     finish(sequence, FinishReason::kError, {}, std::move(error));
   }

@@ -13,17 +13,19 @@ int64_t frames_per_batch(const blocks::Vision& vision, int64_t chunk_rows) {
   return std::max<int64_t>(1, 2 * chunk_rows / vision.patches());
 }
 
-int64_t scratch_floats(const blocks::Decoder& decoder, const blocks::Vision* vision, int64_t chunk_rows,
-                       int64_t max_rows) {
+int64_t scratch_floats(const blocks::Decoder& decoder, const blocks::Vision* vision,
+                       int64_t chunk_rows, int64_t max_rows) {
   int64_t floats = decoder.scratch_floats(max_rows);
-  if (vision != nullptr) floats = std::max(floats, vision->scratch_floats(frames_per_batch(*vision, chunk_rows)));
+  if (vision != nullptr)
+    floats = std::max(floats, vision->scratch_floats(frames_per_batch(*vision, chunk_rows)));
   return floats;
 }
 
 }  // namespace
 
-Executor::Executor(const blocks::Decoder& decoder, const blocks::Vision* vision, const backend::Backend& backend,
-                   ThreadPool& pool, int chunk_rows, int max_sequences)
+Executor::Executor(const blocks::Decoder& decoder, const blocks::Vision* vision,
+                   const backend::Backend& backend, ThreadPool& pool, int chunk_rows,
+                   int max_sequences)
     : decoder_(decoder),
       vision_(vision),
       backend_(backend),
@@ -40,8 +42,8 @@ Executor::Executor(const blocks::Decoder& decoder, const blocks::Vision* vision,
   attention_items_.reserve(static_cast<size_t>(max_sequences));
 }
 
-uint64_t Executor::workspace_bytes(const blocks::Decoder& decoder, const blocks::Vision* vision, int chunk_rows,
-                                   int max_sequences) {
+uint64_t Executor::workspace_bytes(const blocks::Decoder& decoder, const blocks::Vision* vision,
+                                   int chunk_rows, int max_sequences) {
   const int64_t hidden = decoder.spec().hidden;
   const int64_t max_rows = int64_t{chunk_rows} + max_sequences;
   const int64_t floats = max_rows * hidden + scratch_floats(decoder, vision, chunk_rows, max_rows) +
@@ -72,10 +74,11 @@ void Executor::begin_vision_batch(Sequence& sequence) {
   progress.x.reserve(static_cast<size_t>(rows * vision_->spec().hidden));
   // An image is arranged as a whole, a video batch by batch.
   const int64_t kept_frames = media.kind == MediaKind::kImage ? media.frames : progress.frames;
-  progress.projected.reserve(static_cast<size_t>(kept_frames * vision_->patches() * vision_->output_width()));
+  progress.projected.reserve(
+      static_cast<size_t>(kept_frames * vision_->patches() * vision_->output_width()));
   const int64_t frame_floats = int64_t{vision_->spec().channels} * media.height * media.width;
-  vision_->embed(media.data.data() + progress.first_frame * frame_floats, progress.frames, progress.x.data(),
-                 scratch_.data(), pool_);
+  vision_->embed(media.data.data() + progress.first_frame * frame_floats, progress.frames,
+                 progress.x.data(), scratch_.data(), pool_);
   progress.layer = 0;
 }
 
@@ -106,8 +109,9 @@ bool Executor::vision_unit(Sequence& sequence) {
   sequence.media_rows.reserve(static_cast<size_t>(sequence.prompt.media_rows * hidden));
   // Ready-made rows cost nothing: copy them on the way.
   while (progress.media < media.size() && media[progress.media].kind == MediaKind::kEmbedding) {
-    std::copy(media[progress.media].data.begin(), media[progress.media].data.end(),
-              sequence.media_rows.data() + sequence.prompt.spans[progress.media].media_row * hidden);
+    std::copy(
+        media[progress.media].data.begin(), media[progress.media].data.end(),
+        sequence.media_rows.data() + sequence.prompt.spans[progress.media].media_row * hidden);
     ++progress.media;
   }
   if (progress.media < media.size()) {
@@ -131,11 +135,11 @@ Status Executor::begin_layer_major(Sequence& sequence) {
   LayerMajor& state = sequence.layer_major;
   const int64_t hidden = decoder_.spec().hidden;
   state.rows = sequence.prompt.rows();
-  FQ_ASSIGN_OR_RETURN(state.stage,
-                      reduction::make_stage(sequence.request.reduction,
-                                            {.slots = sequence.prompt.slots, .period = sequence.prompt.period,
-                                             .layers = decoder_.spec().layers},
-                                            backend_));
+  FQ_ASSIGN_OR_RETURN(state.stage, reduction::make_stage(sequence.request.reduction,
+                                                         {.slots = sequence.prompt.slots,
+                                                          .period = sequence.prompt.period,
+                                                          .layers = decoder_.spec().layers},
+                                                         backend_));
   state.x.reserve(static_cast<size_t>(state.rows * hidden));
   state.positions.resize(static_cast<size_t>(state.rows));
   state.visual.resize(static_cast<size_t>(state.rows));
@@ -155,11 +159,16 @@ void Executor::reduce(Sequence& sequence, int call, const float* importance) {
   if (state.stage->finished()) return;
   const auto start = Clock::now();
   const int64_t hidden = decoder_.spec().hidden;
-  state.stage->decide({.call = call, .x = state.x.data(), .stride = hidden, .rows = state.rows, .width = hidden,
+  state.stage->decide({.call = call,
+                       .x = state.x.data(),
+                       .stride = hidden,
+                       .rows = state.rows,
+                       .width = hidden,
                        .importance = importance},
                       &state.plan, pool_);
   int32_t* columns[] = {state.positions.data(), state.visual.data()};
-  state.rows = reduction::apply_plan(state.plan, state.x.data(), hidden, state.rows, hidden, columns);
+  state.rows =
+      reduction::apply_plan(state.plan, state.x.data(), hidden, state.rows, hidden, columns);
   sequence.usage.timings.reduction_ms += ms_between(start, Clock::now());
 }
 
@@ -181,25 +190,27 @@ Result<bool> Executor::layer_unit(Sequence& sequence, LogitsFn on_logits) {
       std::min<int64_t>(state.stage->importance_queries(layer_index + 1), state.rows));
   std::vector<float> q;
   if (queries > 0) {
-    q.resize(static_cast<size_t>(queries) * decoder_.spec().attention.heads * decoder_.spec().attention.head_dim);
+    q.resize(static_cast<size_t>(queries) * decoder_.spec().attention.heads *
+             decoder_.spec().attention.head_dim);
     const int64_t first = state.rows - queries;
-    layer.attention.queries(state.x.data() + first * hidden, queries, state.positions.data() + first, q.data(),
-                            scratch_.data(), pool_);
+    layer.attention.queries(state.x.data() + first * hidden, queries,
+                            state.positions.data() + first, q.data(), scratch_.data(), pool_);
   }
 
   for (int64_t begin = 0; begin < state.rows; begin += chunk_rows_) {
     const int64_t rows = std::min(chunk_rows_, state.rows - begin);
     sequence.reserved_pages -= table.append(rows);
     const blocks::KvSegment segment{.row = 0, .rows = rows, .begin = begin, .pages = table.pages()};
-    layer.attention.forward(state.x.data() + begin * hidden, rows, state.positions.data() + begin, {&segment, 1},
-                            scratch_.data(), &attention_items_, pool_);
+    layer.attention.forward(state.x.data() + begin * hidden, rows, state.positions.data() + begin,
+                            {&segment, 1}, scratch_.data(), &attention_items_, pool_);
     if (sequence.cancelled()) return false;
   }
 
   const float* importance = nullptr;
   if (queries > 0) {
     state.importance.resize(static_cast<size_t>(state.rows));
-    layer.attention.importance(q.data(), queries, table.pages(), state.rows, state.importance.data(), pool_);
+    layer.attention.importance(q.data(), queries, table.pages(), state.rows,
+                               state.importance.data(), pool_);
     importance = state.importance.data();
   }
   reduce(sequence, layer_index + 1, importance);
@@ -215,7 +226,8 @@ Result<bool> Executor::layer_unit(Sequence& sequence, LogitsFn on_logits) {
   if (last_layer) {
     std::memcpy(head_rows_.data(), state.x.data() + (state.rows - 1) * hidden,
                 static_cast<size_t>(hidden) * sizeof(float));
-    decoder_.head(head_rows_.data(), 1, logits_.data(), head_rows_.data() + kHeadRows * hidden, pool_);
+    decoder_.head(head_rows_.data(), 1, logits_.data(), head_rows_.data() + kHeadRows * hidden,
+                  pool_);
     sequence.usage.reduction = state.stage->report();
     sequence.prefilled = sequence.prompt.rows();
     state = LayerMajor();
@@ -254,8 +266,10 @@ void Executor::collect_prompt_logits(const BatchItem& item) {
   const int64_t vocab = decoder_.spec().vocab;
   for (int64_t begin = 0; begin < item.rows; begin += kHeadRows) {
     const int64_t rows = std::min(kHeadRows, item.rows - begin);
-    decoder_.head(x_.data() + (item.row + begin) * hidden, rows, logits_.data(), scratch_.data(), pool_);
-    sequence.prompt_logits.insert(sequence.prompt_logits.end(), logits_.data(), logits_.data() + rows * vocab);
+    decoder_.head(x_.data() + (item.row + begin) * hidden, rows, logits_.data(), scratch_.data(),
+                  pool_);
+    sequence.prompt_logits.insert(sequence.prompt_logits.end(), logits_.data(),
+                                  logits_.data() + rows * vocab);
   }
 }
 
@@ -289,10 +303,12 @@ void Executor::token_pass(std::span<BatchItem> items, LogitsFn on_logits) {
       kv::PageTable& table = item.sequence->tables[l];
       const int64_t begin = table.length();
       item.sequence->reserved_pages -= table.append(item.rows);
-      segments_.push_back({.row = item.row, .rows = item.rows, .begin = begin, .pages = table.pages()});
+      segments_.push_back(
+          {.row = item.row, .rows = item.rows, .begin = begin, .pages = table.pages()});
     }
     const blocks::DecoderLayer& layer = decoder_.layers()[l];
-    layer.attention.forward(x_.data(), rows, positions_.data(), segments_, scratch_.data(), &attention_items_, pool_);
+    layer.attention.forward(x_.data(), rows, positions_.data(), segments_, scratch_.data(),
+                            &attention_items_, pool_);
     layer.mlp.forward(x_.data(), rows, scratch_.data(), pool_);
   }
 
@@ -301,7 +317,8 @@ void Executor::token_pass(std::span<BatchItem> items, LogitsFn on_logits) {
   int64_t count = 0;
   const auto flush = [&] {
     if (count == 0) return;
-    decoder_.head(head_rows_.data(), count, logits_.data(), head_rows_.data() + kHeadRows * hidden, pool_);
+    decoder_.head(head_rows_.data(), count, logits_.data(), head_rows_.data() + kHeadRows * hidden,
+                  pool_);
     const double ms = ms_between(start, Clock::now());
     for (int64_t i = 0; i < count; ++i) {
       Sequence& sequence = *pending[i]->sequence;

@@ -1,6 +1,7 @@
-// Carries out units of work on sequences: one tower layer of one frame batch, one decoder layer of a layer-major
-// prefill, or one token-major pass over rows of several sequences. Owns the workspace (allocated once) and knows no
-// queues: the scheduler decides what runs, the engine what happens to results. Engine thread only.
+// Carries out units of work on sequences: one tower layer of one frame batch, one decoder layer of
+// a layer-major prefill, or one token-major pass over rows of several sequences. Owns the workspace
+// (allocated once) and knows no queues: the scheduler decides what runs, the engine what happens to
+// results. Engine thread only.
 #pragma once
 
 #include <memory>
@@ -17,9 +18,9 @@ namespace fq::runtime {
 // Rows of one sequence in a token-major pass.
 struct BatchItem {
   Sequence* sequence = nullptr;
-  int64_t rows = 0;     // 1 when decoding, else prompt rows from sequence->prefilled on
+  int64_t rows = 0;  // 1 when decoding, else prompt rows from sequence->prefilled on
   // Set by the pass:
-  int64_t row = 0;      // first row in the batch
+  int64_t row = 0;       // first row in the batch
   bool dropped = false;  // cancelled on the way: no result
 };
 
@@ -28,22 +29,24 @@ using LogitsFn = FunctionRef<void(Sequence&, std::span<float> logits)>;
 
 class Executor {
  public:
-  Executor(const blocks::Decoder& decoder, const blocks::Vision* vision, const backend::Backend& backend,
-           ThreadPool& pool, int chunk_rows, int max_sequences);
+  Executor(const blocks::Decoder& decoder, const blocks::Vision* vision,
+           const backend::Backend& backend, ThreadPool& pool, int chunk_rows, int max_sequences);
 
   // Bytes of workspace an executor of this shape holds (without allocating it).
-  static uint64_t workspace_bytes(const blocks::Decoder& decoder, const blocks::Vision* vision, int chunk_rows,
-                                  int max_sequences);
+  static uint64_t workspace_bytes(const blocks::Decoder& decoder, const blocks::Vision* vision,
+                                  int chunk_rows, int max_sequences);
 
   // One unit of vision work. Returns true when all media of the sequence are encoded.
   bool vision_unit(Sequence& sequence);
 
-  // One layer of a layer-major prefill. Returns true when the last layer is done; `on_logits` has then been called
-  // with the logits of the last prompt row. Errors: invalid_argument (reduction options).
+  // One layer of a layer-major prefill. Returns true when the last layer is done; `on_logits` has
+  // then been called with the logits of the last prompt row. Errors: invalid_argument (reduction
+  // options).
   Result<bool> layer_unit(Sequence& sequence, LogitsFn on_logits);
 
-  // One pass over the items. Rows of sequences that are cancelled on the way are dropped at a layer boundary.
-  // `on_logits` is called for every item whose last row ends the prompt or is a decode row.
+  // One pass over the items. Rows of sequences that are cancelled on the way are dropped at a layer
+  // boundary. `on_logits` is called for every item whose last row ends the prompt or is a decode
+  // row.
   void token_pass(std::span<BatchItem> items, LogitsFn on_logits);
 
   // Most rows of one token-major pass.
@@ -66,10 +69,10 @@ class Executor {
   const int64_t chunk_rows_;
   const int64_t max_rows_;
 
-  AlignedBuffer<float> x_;         // [max_rows, hidden] of a token-major pass
-  AlignedBuffer<float> scratch_;   // of any block
+  AlignedBuffer<float> x_;          // [max_rows, hidden] of a token-major pass
+  AlignedBuffer<float> scratch_;    // of any block
   AlignedBuffer<float> head_rows_;  // [kHeadRows, hidden] gathered rows, then their norm
-  AlignedBuffer<float> logits_;    // [kHeadRows, vocab]
+  AlignedBuffer<float> logits_;     // [kHeadRows, vocab]
   std::vector<int32_t> positions_;
   std::vector<blocks::KvSegment> segments_;
   std::vector<ops::AttentionArgs> attention_items_;

@@ -27,7 +27,8 @@ Result<blocks::MediaRows> lay_out_embedding(const Media& media, int hidden) {
     }
     for (int32_t slot : media.slots) {
       if (slot < -1 || slot >= media.rows) {
-        return invalid("slot " + std::to_string(slot) + " of an embedding item is outside [-1, rows)", "");
+        return invalid(
+            "slot " + std::to_string(slot) + " of an embedding item is outside [-1, rows)", "");
       }
       out.period = std::max(out.period, slot + 1);
     }
@@ -38,8 +39,8 @@ Result<blocks::MediaRows> lay_out_embedding(const Media& media, int hidden) {
 
 }  // namespace
 
-Result<PromptRows> lay_out_prompt(const Request& request, const model::ModelSpec& spec, const blocks::Vision* vision,
-                                  int max_context) {
+Result<PromptRows> lay_out_prompt(const Request& request, const model::ModelSpec& spec,
+                                  const blocks::Vision* vision, int max_context) {
   const auto placeholders = std::count(request.prompt.begin(), request.prompt.end(), kMediaToken);
   if (placeholders != static_cast<int64_t>(request.media.size())) {
     return invalid("the prompt has " + std::to_string(placeholders) + " media placeholders for " +
@@ -68,7 +69,8 @@ Result<PromptRows> lay_out_prompt(const Request& request, const model::ModelSpec
     if (media.kind == MediaKind::kEmbedding) {
       FQ_ASSIGN_OR_RETURN(rows, lay_out_embedding(media, spec.decoder.hidden));
     } else if (vision == nullptr) {
-      return invalid("this model has no vision tower", "ask a vision-language model about images and videos");
+      return invalid("this model has no vision tower",
+                     "ask a vision-language model about images and videos");
     } else {
       FQ_ASSIGN_OR_RETURN(rows, vision->layout(media, merge_separators));
     }

@@ -1,5 +1,5 @@
-// Who runs next: first come, first served admission against the page pool, and the make-up of each token-major pass.
-// Knows counts of rows and pages, not what they mean. Engine thread only.
+// Who runs next: first come, first served admission against the page pool, and the make-up of each
+// token-major pass. Knows counts of rows and pages, not what they mean. Engine thread only.
 #pragma once
 
 #include <deque>
@@ -15,7 +15,10 @@ namespace fq::runtime {
 class Scheduler {
  public:
   Scheduler(kv::PagePool* pool, int layers, int page_tokens, int chunk_rows, int max_sequences)
-      : pool_(pool), layers_(layers), page_tokens_(page_tokens), chunk_rows_(chunk_rows),
+      : pool_(pool),
+        layers_(layers),
+        page_tokens_(page_tokens),
+        chunk_rows_(chunk_rows),
         max_sequences_(max_sequences) {}
 
   void enqueue(std::unique_ptr<Sequence> sequence) { waiting_.push_back(std::move(sequence)); }
@@ -26,10 +29,12 @@ class Scheduler {
     return layers * kv::PageTable::pages_for(prompt_rows + max_tokens - 1, page_tokens);
   }
 
-  // Moves waiting sequences into the running set, in order, while pages and places last. All or nothing for each.
+  // Moves waiting sequences into the running set, in order, while pages and places last. All or
+  // nothing for each.
   void admit();
 
-  // The sequence that gets this step's unit of vision or layer-major work; nullptr when there is none.
+  // The sequence that gets this step's unit of vision or layer-major work; nullptr when there is
+  // none.
   Sequence* unit_of_work();
 
   // Rows of this step's token-major pass: every decode row, then prompt chunks in order of arrival.

@@ -1,4 +1,5 @@
-// One request while the engine works on it. Owned and touched by the engine thread only, except `stream`.
+// One request while the engine works on it. Owned and touched by the engine thread only, except
+// `stream`.
 #pragma once
 
 #include <chrono>
@@ -34,10 +35,10 @@ enum class Phase : uint8_t {
 
 // Progress of the vision phase.
 struct VisionProgress {
-  size_t media = 0;     // item being encoded
-  int first_frame = 0;  // of the batch
-  int frames = 0;       // in the batch
-  int layer = -1;       // next layer; -1: the batch is not embedded yet
+  size_t media = 0;                // item being encoded
+  int first_frame = 0;             // of the batch
+  int frames = 0;                  // in the batch
+  int layer = -1;                  // next layer; -1: the batch is not embedded yet
   AlignedBuffer<float> x;          // [frames * patches, vision hidden]
   AlignedBuffer<float> projected;  // a video's batch, or all frames of an image
 };
@@ -79,7 +80,9 @@ struct Sequence {
   Clock::time_point admitted, prefill_started, decode_started;
 
   bool cancelled() const { return stream->cancel.load(std::memory_order_relaxed); }
-  bool reduced() const { return request.reduction.framefusion.has_value() && prompt.media_rows > 0; }
+  bool reduced() const {
+    return request.reduction.framefusion.has_value() && prompt.media_rows > 0;
+  }
 };
 
 }  // namespace fq::runtime

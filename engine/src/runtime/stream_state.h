@@ -31,9 +31,9 @@ struct Stream::Impl {
 
   std::mutex mutex;
   std::condition_variable changed;
-  std::deque<Event> events;     // guarded by mutex
-  bool finish_pushed = false;   // guarded by mutex
-  bool finish_taken = false;    // guarded by mutex
+  std::deque<Event> events;    // guarded by mutex
+  bool finish_pushed = false;  // guarded by mutex
+  bool finish_taken = false;   // guarded by mutex
 };
 
 }  // namespace fq

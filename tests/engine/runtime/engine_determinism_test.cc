@@ -1,4 +1,5 @@
-// An answer depends on its request alone: not on page order, chunk size, threads, KV neighbours or what ran before.
+// An answer depends on its request alone: not on page order, chunk size, threads, KV neighbours or
+// what ran before.
 #include "tests/engine/runtime/engine_fixture.h"
 
 namespace fq::testing {
@@ -18,8 +19,9 @@ std::vector<Request> mixed_requests(const std::function<Request(int, uint32_t)>&
 }
 
 TEST_F(EngineDeterminism, AnswersDoNotDependOnPagesChunksThreadsOrNeighbours) {
-  const auto requests = mixed_requests([&](int n, uint32_t s) { return text_request(n, s); },
-                                       [&](int f, uint32_t s, bool r) { return video_request(f, s, r); });
+  const auto requests =
+      mixed_requests([&](int n, uint32_t s) { return text_request(n, s); },
+                     [&](int f, uint32_t s, bool r) { return video_request(f, s, r); });
   for (const char* kv : {"kv32", "kv16", "kv8", "kv4"}) {
     SCOPED_TRACE(kv);
     EngineOptions base = manual();
@@ -82,8 +84,9 @@ TEST_F(EngineDeterminism, FeedingTheAnswerAsPromptGivesTheSameLogits) {
   const Answer again = run(*engine, replay);
   const size_t vocab = static_cast<size_t>(tiny_.vocab);
   ASSERT_EQ(again.prompt_logits.size(), replay.prompt.size() * vocab);
-  const std::vector<float> tail(again.prompt_logits.end() - static_cast<ptrdiff_t>(answer.tokens.size() * vocab),
-                                again.prompt_logits.end());
+  const std::vector<float> tail(
+      again.prompt_logits.end() - static_cast<ptrdiff_t>(answer.tokens.size() * vocab),
+      again.prompt_logits.end());
   EXPECT_EQ(tail, answer.logits);
 }
 

@@ -79,7 +79,8 @@ class EngineTest : public ::testing::Test {
   Request text_request(int length, uint32_t seed, int max_tokens = 8) const {
     std::mt19937 rng(seed);
     Request request;
-    for (int i = 0; i < length; ++i) request.prompt.push_back(static_cast<TokenId>(rng() % tiny_.vocab));
+    for (int i = 0; i < length; ++i)
+      request.prompt.push_back(static_cast<TokenId>(rng() % tiny_.vocab));
     request.sampling.temperature = 0;
     request.sampling.ignore_eos = true;
     request.sampling.max_tokens = max_tokens;
