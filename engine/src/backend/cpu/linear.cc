@@ -13,6 +13,7 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/backend/cpu/linear.cc"
+#include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "src/backend/cpu/gemm-inl.h"
@@ -46,6 +47,16 @@ HWY_INLINE VU LoadWords(const std::byte* tiles, int64_t tile_stride, int64_t uni
     const std::byte* at = tiles + unit / kUnits * tile_stride + unit % kUnits * kLanes * 4;
     return hn::LoadU(du, reinterpret_cast<const uint32_t*>(at));
   }
+}
+
+constexpr int64_t kTilesPerUnit = kLanes == 16 ? 2 : 1;
+
+// Asks for the words of a unit that lie `ahead` bytes on. Harmless past the end of the tensor.
+HWY_INLINE void PrefetchWords(const std::byte* tiles, int64_t tile_stride, int64_t unit,
+                              int64_t ahead) {
+  const int64_t tile = unit * kLanes / kTileRows;
+  for (int64_t t = 0; t < kTilesPerUnit; ++t)
+    hwy::Prefetch(tiles + (tile + t) * tile_stride + ahead);
 }
 
 // The same for any element type, converted to float32 by `load(pointer)`, which returns a vector of
@@ -195,8 +206,6 @@ HWY_INLINE void Finish(const ops::LinearArgs& args, int64_t row, int64_t column,
 // --- Few rows: weights through registers
 // ---------------------------------------------------------------
 
-constexpr int kStreamRows = 4;
-
 // `count` <= kUnits units of columns from `unit` on, for all kRows rows: enough accumulators to
 // hide the latency of the fused multiply-add. What is missing repeats the last unit and is not
 // stored.
@@ -297,6 +306,7 @@ HWY_NOINLINE void DequantizeUnit(const LinearWeights& w, int64_t unit, int64_t b
   const int64_t tile_stride = TileStride<Format>(w);
   const int64_t group_size = GroupSize<Format>(w);
   const auto* block = static_cast<const std::byte*>(w.data) + begin / kInputs * kBlockBytes;
+  const int64_t ahead = (end - begin) / kInputs * kBlockBytes;  // the next block of inputs
   for (int64_t i = begin; i < end;) {
     const int64_t group_index = i / group_size;
     const int64_t group_end = std::min(end, (group_index + 1) * group_size);
@@ -304,6 +314,7 @@ HWY_NOINLINE void DequantizeUnit(const LinearWeights& w, int64_t unit, int64_t b
     for (; i < group_end;
          i += kInputs, block += kBlockBytes) {  // may write past `end` within the last block
       const typename Format::Block opened = Format::Open(LoadWords(block, tile_stride, unit));
+      PrefetchWords(block, tile_stride, unit, ahead);
       Unrolled<kInputs>([&](auto input) FRAMEQUILT_INLINE {
         hn::Store(Format::template Weight<input>(opened, group), df, panel);
         panel += stride;
