@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "src/text/guard.h"
 #include "src/text/json_file.h"
 #include "src/text/unicode.h"
 
@@ -63,6 +64,11 @@ Result<std::vector<TokenId>> ByteLevelBpe::encode(std::string_view text, bool pa
   if (!is_valid_utf8(text)) {
     return Error{Code::kInvalidArgument, "the text is not valid UTF-8", "convert it to UTF-8"};
   }
+  return guarded(Code::kInternal, "encoding", [&] { return encode_all(text, parse_special); });
+}
+
+Result<std::vector<TokenId>> ByteLevelBpe::encode_all(std::string_view text,
+                                                      bool parse_special) const {
   std::vector<TokenId> ids;
   BpeModel::Workspace workspace;
   for (const Segment& raw : added_.split(text, /*normalized=*/false, parse_special)) {

@@ -42,6 +42,7 @@ class ByteLevelBpe final : public Tokenizer {
 
   ByteLevelBpe(BpeModel model, Normalizer normalizer, PreTokenizer pre_tokenizer, Decoder decoder,
                AddedTokens added);
+  Result<std::vector<TokenId>> encode_all(std::string_view text, bool parse_special) const;
   Status encode_text(std::string_view text, bool at_start, BpeModel::Workspace& workspace,
                      std::vector<TokenId>& out) const;
 

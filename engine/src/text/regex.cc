@@ -7,10 +7,8 @@
 #endif
 #include <pcre2.h>
 
-#include <algorithm>
 #include <array>
 #include <cctype>
-#include <limits>
 #include <utility>
 
 #include "src/text/json_file.h"
@@ -19,14 +17,14 @@
 namespace fq::text {
 namespace {
 
-// Backtracking steps of an ordinary match. A match that needs more is tried once more with a limit
-// that grows with the text (a run of a million spaces needs a million steps), but only so many
-// times per text: a hostile pattern ends with an error instead of running for ever.
-constexpr uint32_t kCheapSteps = 2000;
-constexpr uint64_t kDearSteps = 1'000'000;
-constexpr uint64_t kDearStepsPerByte = 4;
-constexpr size_t kDearMatches = 16;
-constexpr size_t kBytesPerDearMatch = 2000;
+// Bounds on backtracking, so that a hostile pattern ends with an error instead of running for ever:
+// the work on a text grows no faster than its length. An ordinary match takes a few steps. One that
+// needs more than kCheapSteps is repeated with larger limits, which are paid from a budget: a run
+// of a million spaces rightly takes some million steps.
+constexpr uint32_t kCheapSteps = 1000;
+constexpr uint64_t kDearGrowth = 8;
+constexpr uint64_t kBudget = 1'000'000;
+constexpr uint64_t kBudgetPerByte = 64;
 constexpr uint32_t kHeapKilobytes = 512 * 1024;
 
 }  // namespace
@@ -85,23 +83,30 @@ struct Regex::Splitter::State {
                                                                             &pcre2_match_data_free};
   std::unique_ptr<pcre2_match_context, decltype(&pcre2_match_context_free)> context{
       nullptr, &pcre2_match_context_free};
-  uint32_t dear_steps = 0;
-  size_t dear_left = 0;
+  uint64_t budget = 0;
 
   int run(std::string_view text, size_t start) {
-    pcre2_set_match_limit(context.get(), kCheapSteps);
-    int result = attempt(text, start);
-    if (result == PCRE2_ERROR_MATCHLIMIT && dear_left > 0) {
-      --dear_left;
-      pcre2_set_match_limit(context.get(), dear_steps);
-      result = attempt(text, start);
+    int result = attempt(text, start, 0, kCheapSteps);
+    if (result != PCRE2_ERROR_MATCHLIMIT) return result;
+    // The limit is one of each starting place; find the place that needs more.
+    for (size_t place = start; place <= text.size();) {
+      result = attempt(text, place, PCRE2_ANCHORED, kCheapSteps);
+      for (uint64_t steps = kCheapSteps * kDearGrowth; result == PCRE2_ERROR_MATCHLIMIT;
+           steps *= kDearGrowth) {
+        if (steps > budget || steps > UINT32_MAX) return result;
+        budget -= steps;
+        result = attempt(text, place, PCRE2_ANCHORED, static_cast<uint32_t>(steps));
+      }
+      if (result != PCRE2_ERROR_NOMATCH) return result;
+      place += place < text.size() ? utf8_length(text[place]) : 1;
     }
-    return result;
+    return PCRE2_ERROR_NOMATCH;
   }
 
-  int attempt(std::string_view text, size_t start) {
+  int attempt(std::string_view text, size_t start, uint32_t options, uint32_t steps) {
+    pcre2_set_match_limit(context.get(), steps);
     return pcre2_match(code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), start,
-                       PCRE2_NO_UTF_CHECK, match.get(), context.get());
+                       PCRE2_NO_UTF_CHECK | options, match.get(), context.get());
   }
 };
 
@@ -118,9 +123,7 @@ Result<Regex::Splitter> Regex::Splitter::make(const Regex& regex, size_t total_b
     return Error{Code::kOutOfMemory, "regular expression", ""};
   }
   pcre2_set_heap_limit(state->context.get(), kHeapKilobytes);
-  state->dear_steps = static_cast<uint32_t>(std::min<uint64_t>(
-      kDearSteps + kDearStepsPerByte * total_bytes, std::numeric_limits<uint32_t>::max()));
-  state->dear_left = kDearMatches + total_bytes / kBytesPerDearMatch;
+  state->budget = kBudget + kBudgetPerByte * total_bytes;
   return Splitter(std::move(state));
 }
 

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "src/text/byte_level_bpe.h"
+#include "src/text/guard.h"
 #include "src/text/json_file.h"
 #include "src/text/regex.h"
 #include "src/text/sentencepiece_check.h"
@@ -44,13 +45,17 @@ std::string piece_bytes(const sentencepiece::SentencePieceProcessor& processor, 
 
 Result<std::shared_ptr<const Tokenizer>> SentencePieceTokenizer::parse(std::string_view model) {
   FQ_RETURN_IF_ERROR(check_sentencepiece_model(model));
-  auto processor = std::make_unique<sentencepiece::SentencePieceProcessor>();
-  const auto status = processor->LoadFromSerializedProto(model);
-  if (!status.ok()) return corrupt("tokenizer.model: " + status.ToString());
-  std::unique_ptr<SentencePieceTokenizer> tokenizer(
-      new SentencePieceTokenizer(std::move(processor)));
-  FQ_RETURN_IF_ERROR(tokenizer->read_pieces());
-  return std::shared_ptr<const Tokenizer>(std::move(tokenizer));
+  // The library throws from its trie builder when a piece is broken.
+  return guarded(Code::kCorruptModel, "tokenizer.model",
+                 [&]() -> Result<std::shared_ptr<const Tokenizer>> {
+                   auto processor = std::make_unique<sentencepiece::SentencePieceProcessor>();
+                   const auto status = processor->LoadFromSerializedProto(model);
+                   if (!status.ok()) return corrupt("tokenizer.model: " + status.ToString());
+                   std::unique_ptr<SentencePieceTokenizer> tokenizer(
+                       new SentencePieceTokenizer(std::move(processor)));
+                   FQ_RETURN_IF_ERROR(tokenizer->read_pieces());
+                   return std::shared_ptr<const Tokenizer>(std::move(tokenizer));
+                 });
 }
 
 SentencePieceTokenizer::SentencePieceTokenizer(
@@ -97,6 +102,11 @@ Result<std::vector<TokenId>> SentencePieceTokenizer::encode(std::string_view tex
   if (!is_valid_utf8(text)) {
     return Error{Code::kInvalidArgument, "the text is not valid UTF-8", "convert it to UTF-8"};
   }
+  return guarded(Code::kInternal, "encoding", [&] { return encode_all(text, parse_special); });
+}
+
+Result<std::vector<TokenId>> SentencePieceTokenizer::encode_all(std::string_view text,
+                                                                bool parse_special) const {
   std::vector<TokenId> ids;
   std::vector<int> part;
   const auto encode_part = [&](size_t begin, size_t end) -> Status {

@@ -37,6 +37,7 @@ class SentencePieceTokenizer final : public Tokenizer {
  private:
   explicit SentencePieceTokenizer(std::unique_ptr<sentencepiece::SentencePieceProcessor> processor);
   Status read_pieces();
+  Result<std::vector<TokenId>> encode_all(std::string_view text, bool parse_special) const;
 
   std::unique_ptr<sentencepiece::SentencePieceProcessor> processor_;
   std::vector<std::string> bytes_;  // by id

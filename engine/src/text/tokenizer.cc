@@ -2,10 +2,8 @@
 // thread.
 #include "framequilt/tokenizer.h"
 
-#include <exception>
-#include <new>
-
 #include "src/text/byte_level_bpe.h"
+#include "src/text/guard.h"
 #include "src/text/json_file.h"
 #include "src/text/sentencepiece_tokenizer.h"
 #include "src/text/unicode.h"
@@ -49,14 +47,8 @@ Result<std::shared_ptr<const Tokenizer>> open_checked(const std::filesystem::pat
 
 Result<std::shared_ptr<const Tokenizer>> Tokenizer::open(
     const std::filesystem::path& model_directory) {
-  // The libraries underneath may throw; nothing may leave the engine that way.
-  try {
-    return open_checked(model_directory);
-  } catch (const std::bad_alloc&) {
-    return Error{Code::kOutOfMemory, "not enough memory for the tokenizer", "close other programs"};
-  } catch (const std::exception& error) {
-    return Error{Code::kInternal, std::string("opening the tokenizer: ") + error.what(), ""};
-  }
+  return text::guarded(Code::kInternal, "opening the tokenizer",
+                       [&] { return open_checked(model_directory); });
 }
 
 std::string Tokenizer::decode(std::span<const TokenId> ids) const {
