@@ -259,6 +259,15 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(fake):
     assert [m["content"] for m in engine.requests[1].prompt] == ["first", "Hel", "second"]
 
 
+def test_ctrl_c_at_the_prompt_leaves(fake, monkeypatch):
+    def interrupted(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    done = run("chat", "dir")
+    assert done.exit_code == 0 and fake.made[0].closed
+
+
 def test_chat_commands(fake):
     lines = "/help\n/usage\n/cost 0.2\nhi\n/usage\n/cost off\nhi\n/system T\nhi\n"
     done = run("chat", "dir", "--similarity", "0.9", "--cost", "0.5", input=lines)

@@ -391,6 +391,13 @@ def test_ctrl_c_cancels_and_is_passed_on(engine, native):
     with pytest.raises(KeyboardInterrupt):
         engine.generate("x")
     assert native.streams[0].cancelled
+    # Also where a caller holds the stream and no block closes it.
+    native.scripts = [[event(5, "Hel"), KeyboardInterrupt()]]
+    stream = engine.stream("x")
+    next(stream)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert native.streams[1].cancelled
 
 
 def test_errors_of_a_request_are_raised_with_their_class(engine, native):

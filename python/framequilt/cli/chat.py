@@ -139,11 +139,10 @@ class Session:
             except KeyboardInterrupt:
                 stopped = True
                 stream.cancel()
-                with contextlib.suppress(KeyboardInterrupt):
-                    for _ in stream:  # until the engine says that it has stopped
-                        pass
+            result = None
+            with contextlib.suppress(KeyboardInterrupt):
+                result = stream.result()  # when stopped: at the engine's next layer
             text = stream.text
-            result = None if stopped else stream.result()
         self._messages = [*messages, {"role": "assistant", "content": text}]
         self._pending = []
         self._usage = result.usage if result is not None else self._usage
@@ -170,6 +169,9 @@ def _lines() -> Any:
         try:
             yield input(prompt)
         except EOFError:
+            return
+        except KeyboardInterrupt:
+            err().print()
             return
 
 
