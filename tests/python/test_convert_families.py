@@ -20,6 +20,7 @@ from oracles import tiny
 from oracles.forward import Forward
 
 from framequilt.convert import convert
+from framequilt.errors import Unsupported
 from framequilt.model_directory import ModelDirectory
 
 IDS = [0, 17, 5, 130, 42, 42, 77, 9, 63, 101, 28]
@@ -86,6 +87,16 @@ def test_a_qwen2_keeps_its_logits(tmp_path: Path, tied: bool) -> None:
     convert(tmp_path / "source", tmp_path / "model", weights="bf16")
     forward = Forward(tmp_path / "model")
     close(forward.logits(forward.embed(IDS)), text_logits(model))
+
+
+def test_a_mistral_keeps_its_logits_unless_it_needs_a_window(tmp_path: Path) -> None:
+    model = tiny.tiny_mistral(tmp_path / "source", seed=7)
+    convert(tmp_path / "source", tmp_path / "model", weights="bf16")
+    forward = Forward(tmp_path / "model")
+    close(forward.logits(forward.embed(IDS)), text_logits(model))
+    tiny.tiny_mistral(tmp_path / "windowed", sliding_window=1024)
+    with pytest.raises(Unsupported, match="sliding_window"):
+        convert(tmp_path / "windowed", tmp_path / "other")
 
 
 def test_older_rope_keys_mean_the_same(tmp_path: Path) -> None:

@@ -139,6 +139,18 @@ def tiny_llama(
     return model
 
 
+def tiny_mistral(path: Path, seed: int = 0, *, bf16: bool = True, **changes: Any) -> Any:
+    """A MistralForCausalLM without a window; `changes` go to MistralConfig."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = _sizes(**{"sliding_window": None, "bos_token_id": 0, **changes})
+    model = MistralForCausalLM(MistralConfig(**sizes))
+    randomize(model, seed, bf16)
+    _save(model, path, bf16)
+    write_tokenizer(path, model.config.vocab_size, bos="<|endoftext|>")
+    return model
+
+
 def tiny_qwen2(
     path: Path,
     seed: int = 0,

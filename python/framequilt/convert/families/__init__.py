@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from framequilt.convert.families import llama, llava_video, qwen2
+from framequilt.convert.families import llama, llava_video, mistral, qwen2
 from framequilt.convert.families.base import Description, Family
 from framequilt.convert.sources import Source
 from framequilt.errors import Unsupported
@@ -11,6 +11,7 @@ __all__ = ["FAMILIES", "Description", "Family", "find"]
 
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
+    mistral.FAMILY,
     qwen2.FAMILY,
     llava_video.ORIGINAL,
     llava_video.ONEVISION,

@@ -59,12 +59,13 @@ _POOLS = {"bilinear": "bilinear", "average": "average", "max": "max"}
 
 # Keys of original configs that matter in training or in other programs only.
 _TRAINING = (
-    "delay_load", "faster_token_stride", "force_sample", "frames_upbound", "freeze_mm_mlp_adapter",
-    "ignore_index", "image_crop_resolution", "image_split_resolution", "image_token_index",
-    "max_frames_num", "mm_hidden_size", "mm_perceiver_depth", "mm_projector_lr",
-    "mm_resampler_type", "mm_tunable_parts", "mm_vision_tower_lr", "mm_vision_tower_name", "pos_skipping_range",
-    "tokenizer_model_max_length", "tokenizer_padding_side", "tune_mm_mlp_adapter",
-    "unfreeze_mm_vision_tower", "use_mm_proj", "video_fps", "vision_tower_pretrained",
+    "delay_load", "faster_token_stride", "force_sample", "frames_upbound",
+    "freeze_mm_mlp_adapter", "ignore_index", "image_crop_resolution", "image_split_resolution",
+    "image_token_index", "max_frames_num", "mm_hidden_size", "mm_perceiver_depth",
+    "mm_projector_lr", "mm_resampler_type", "mm_tunable_parts", "mm_vision_tower_lr",
+    "mm_vision_tower_name", "pos_skipping_range", "tokenizer_model_max_length",
+    "tokenizer_padding_side", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower", "use_mm_proj",
+    "video_fps", "vision_tower_pretrained",
 )  # fmt: skip
 
 
