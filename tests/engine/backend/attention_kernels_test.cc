@@ -188,6 +188,14 @@ TEST_P(AttentionKernels, ValueOfARowDoesNotDependOnTheTile) {
   }
   ASSERT_EQ(done, rows);
   EXPECT_SAME_BITS(pieces, together);
+  // More threads than tiles: heads are dealt out too.
+  ThreadPool many(9);
+  args.rows = 1;
+  std::vector<float> dealt(static_cast<size_t>(width()));
+  args.out = dealt.data();
+  kernel({&args, 1}, many);
+  together.resize(dealt.size());
+  EXPECT_SAME_BITS(dealt, together);
 }
 
 TEST_P(AttentionKernels, ImportanceEqualsTheReference) {

@@ -175,30 +175,36 @@ struct Tile {
 // --- Causal attention over pages
 // -------------------------------------------------------------------------
 
-// Consecutive rows [row_begin, row_end) of one sequence, and the query heads of one kv head.
-void AttentionItem(const ops::AttentionArgs& args, int kv_head, int64_t row_begin,
-                   int64_t row_end) {
+// Consecutive rows [row_begin, row_end) of one sequence, and query heads [head_begin, head_end)
+// that share a kv head.
+struct AttentionItem {
+  int64_t row_begin = 0, row_end = 0;
+  int64_t head_begin = 0, head_end = 0;
+};
+
+void RunItem(const ops::AttentionArgs& args, const AttentionItem& item) {
   const KvPageLayout& layout = *args.kv.layout;
   const int64_t dims = layout.head_dim;
-  const int64_t heads = args.heads / layout.kv_heads;  // of the group
+  const int64_t heads = item.head_end - item.head_begin;
+  const int64_t kv_head = item.head_begin / (args.heads / layout.kv_heads);
   AttentionScratch& scratch = attention_scratch();
-  Tile tile(scratch, (row_end - row_begin) * heads, dims, args.scale);
+  Tile tile(scratch, (item.row_end - item.row_begin) * heads, dims, args.scale);
   scratch.k.reserve(static_cast<size_t>(dims * kBlock));
   scratch.v.reserve(static_cast<size_t>(kBlock * tile.out_stride + kPanelSlack));
   const auto place = [&](int64_t r, int64_t stride) {
-    return (row_begin + r / heads) * stride + (kv_head * heads + r % heads) * dims;
+    return (item.row_begin + r / heads) * stride + (item.head_begin + r % heads) * dims;
   };
   for (int64_t r = 0; r < tile.rows; ++r) tile.SetQuery(r, args.q + place(r, args.q_stride));
-  const int64_t first_visible = args.begin + row_begin + 1;  // of the first row
-  const int64_t last_visible = args.begin + row_end;
+  const int64_t first_visible = args.begin + item.row_begin + 1;  // of the first row
+  const int64_t last_visible = args.begin + item.row_end;
   for (int64_t begin = 0; begin < last_visible; begin += kBlock) {
     const std::byte* const head =
         args.kv.pages[begin / kBlock] + layout.head_bytes * static_cast<size_t>(kv_head);
     const int64_t tokens = std::min(kBlock, last_visible - begin);
     const Panel k = ReadK(layout, head, RoundUp(tokens, kLanes), scratch.k.data());
     const Panel v = ReadV(layout, head, tokens, tile.out_stride, scratch.v.data());
-    const int64_t first =
-        std::max<int64_t>(0, begin + 1 - first_visible) * heads;  // rows before see none of it
+    // Rows before `first` see none of it.
+    const int64_t first = std::max<int64_t>(0, begin + 1 - first_visible) * heads;
     tile.AddBlock(k, v, first, tokens, [&](int64_t r) FRAMEQUILT_INLINE {
       return std::min(tokens, first_visible + r / heads - begin);
     });
@@ -206,29 +212,47 @@ void AttentionItem(const ops::AttentionArgs& args, int kv_head, int64_t row_begi
   for (int64_t r = 0; r < tile.rows; ++r) tile.Finish(r, args.out + place(r, args.out_stride));
 }
 
-int64_t RowsPerTile(const ops::AttentionArgs& args) {
-  const int64_t heads = args.heads / args.kv.layout->kv_heads;
-  return std::max<int64_t>(1, kTileRows / heads);
-}
+// How one sequence is cut into items.
+struct AttentionCut {
+  int64_t tile_rows, tiles;  // query rows
+  int64_t per_kv, parts;     // heads of a kv head, and the parts these are cut into
+  int64_t items;
 
-int64_t ItemCount(const ops::AttentionArgs& args) {
-  const int64_t per_tile = RowsPerTile(args);
-  return (args.rows + per_tile - 1) / per_tile * args.kv.layout->kv_heads;
-}
+  AttentionCut(const ops::AttentionArgs& args, int64_t want_parts) {
+    const int64_t kv_heads = args.kv.layout->kv_heads;
+    per_kv = args.heads / kv_heads;
+    parts = std::min(per_kv, want_parts);
+    tile_rows = std::max<int64_t>(1, kTileRows / per_kv);
+    tiles = (args.rows + tile_rows - 1) / tile_rows;
+    items = tiles * kv_heads * parts;
+  }
+
+  AttentionItem item(const ops::AttentionArgs& args, int64_t index) const {
+    const int64_t part = index % parts, kv_head = index / parts % args.kv.layout->kv_heads;
+    // Last rows first: they see most, and the end of the loop should be made of small items.
+    const int64_t tile = tiles - 1 - index / (parts * args.kv.layout->kv_heads);
+    return {.row_begin = tile * tile_rows,
+            .row_end = std::min(args.rows, (tile + 1) * tile_rows),
+            .head_begin = kv_head * per_kv + per_kv * part / parts,
+            .head_end = kv_head * per_kv + per_kv * (part + 1) / parts};
+  }
+};
 
 void Attention(std::span<const ops::AttentionArgs> list, ThreadPool& pool) {
   int64_t items = 0;
-  for (const ops::AttentionArgs& args : list) items += ItemCount(args);
+  for (const ops::AttentionArgs& args : list) items += AttentionCut(args, 1).items;
+  if (items == 0) return;
+  // With fewer items than threads the heads of a group are dealt out too: pages are then read more
+  // than once, but nobody is idle.
+  const int64_t parts = (pool.threads() + items - 1) / items;
+  items = 0;
+  for (const ops::AttentionArgs& args : list) items += AttentionCut(args, parts).items;
   pool.parallel_for(items, [&](int64_t item, int) {
-    size_t index = 0;
-    for (int64_t count; item >= (count = ItemCount(list[index])); item -= count) ++index;
-    const ops::AttentionArgs& args = list[index];
-    const int64_t per_tile = RowsPerTile(args);
-    const int64_t kv_heads = args.kv.layout->kv_heads;
-    // Last rows first: they see most, and the end of the loop should be made of small items.
-    const int64_t tile = (args.rows + per_tile - 1) / per_tile - 1 - item / kv_heads;
-    AttentionItem(args, static_cast<int>(item % kv_heads), tile * per_tile,
-                  std::min(args.rows, (tile + 1) * per_tile));
+    for (const ops::AttentionArgs& args : list) {
+      const AttentionCut cut(args, parts);
+      if (item < cut.items) return RunItem(args, cut.item(args, item));
+      item -= cut.items;
+    }
   });
 }
 

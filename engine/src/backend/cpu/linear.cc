@@ -237,16 +237,30 @@ HWY_NOINLINE void StreamUnits(const ops::LinearArgs& args, int64_t unit, int64_t
         blocks[u] = Format::Open(LoadWords(block, tile_stride, unit_of(u)));
       });
       Unrolled<kInputs>([&](auto input) FRAMEQUILT_INLINE {
-        VF values[kRows];
-        Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-          values[r] = hn::Set(df, x[r * x_stride + i + input]);
-        });
-        Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
-          const VF weight = Format::template Weight<input>(blocks[u], groups[u]);
+        // Whatever there are fewer of stays in registers.
+        if constexpr (kRows < kUnits) {
+          VF values[kRows];
           Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-            acc[r * kUnits + u] = hn::MulAdd(values[r], weight, acc[r * kUnits + u]);
+            values[r] = hn::Set(df, x[r * x_stride + i + input]);
           });
-        });
+          Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+            const VF weight = Format::template Weight<input>(blocks[u], groups[u]);
+            Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+              acc[r * kUnits + u] = hn::MulAdd(values[r], weight, acc[r * kUnits + u]);
+            });
+          });
+        } else {
+          VF weights[kUnits];
+          Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+            weights[u] = Format::template Weight<input>(blocks[u], groups[u]);
+          });
+          Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+            const VF value = hn::Set(df, x[r * x_stride + i + input]);
+            Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+              acc[r * kUnits + u] = hn::MulAdd(value, weights[u], acc[r * kUnits + u]);
+            });
+          });
+        }
       });
     }
     if (i < end) {  // the last, partial block: x ends with `in`
@@ -271,19 +285,44 @@ HWY_NOINLINE void StreamUnits(const ops::LinearArgs& args, int64_t unit, int64_t
   });
 }
 
+// All `count` units from `unit` on for one block of kRows rows.
 template <class Format, int kRows>
-void StreamRows(const ops::LinearArgs& args, ThreadPool& pool) {
+void StreamBlock(const ops::LinearArgs& args, int64_t unit, int64_t count) {
   constexpr int kUnits = kRows <= 2 ? 4 : 2;
+  for (int64_t u = 0; u < count; u += kUnits) {
+    StreamUnits<Format, kRows, kUnits>(args, unit + u, std::min<int64_t>(kUnits, count - u));
+  }
+}
+
+constexpr int64_t kStreamRows = 8;
+
+// Rows go in one or two blocks; the second finds the step's weights in cache.
+template <class Format>
+void Stream(const ops::LinearArgs& args, ThreadPool& pool) {
+  constexpr int64_t kStep = 4;  // units
+  using BlockFn = void (*)(const ops::LinearArgs&, int64_t, int64_t);
+  constexpr BlockFn kBlocks[] = {&StreamBlock<Format, 1>, &StreamBlock<Format, 2>,
+                                 &StreamBlock<Format, 3>, &StreamBlock<Format, 4>,
+                                 kManyRegisters           ? &StreamBlock < Format,
+                                 kManyRegisters ? 8 : 4 > : nullptr};
+  const bool eight = kManyRegisters && args.rows == kStreamRows;
+  const int64_t first = eight || args.rows <= 4 ? args.rows : (args.rows + 1) / 2;
+  const BlockFn run_first = kBlocks[eight ? 4 : first - 1];
+  ops::LinearArgs rest = args;
+  rest.x += first * args.x_stride;
+  rest.y += first * args.y_stride;
+  rest.rows -= first;
   const int64_t units = int64_t{args.w->tiles} * kTileRows / kLanes;
-  const int64_t steps = (units + kUnits - 1) / kUnits;
+  const int64_t steps = (units + kStep - 1) / kStep;
   // Shares of consecutive columns: long streams, few hand-outs, yet a slow thread can be helped.
   const int64_t shares =
       std::min<int64_t>(steps, int64_t{pool.threads()} * (pool.threads() == 1 ? 1 : 8));
   pool.parallel_for(shares, [&](int64_t share, int) {
-    const int64_t end = std::min(units, steps * (share + 1) / shares * kUnits);
-    int64_t unit = steps * share / shares * kUnits;
-    for (; unit < end; unit += kUnits) {
-      StreamUnits<Format, kRows, kUnits>(args, unit, std::min<int64_t>(kUnits, end - unit));
+    const int64_t end = std::min(units, steps * (share + 1) / shares * kStep);
+    for (int64_t unit = steps * share / shares * kStep; unit < end; unit += kStep) {
+      const int64_t count = std::min(kStep, end - unit);
+      run_first(args, unit, count);
+      if (rest.rows > 0) kBlocks[rest.rows - 1](rest, unit, count);
     }
   });
 }
@@ -410,20 +449,9 @@ void Panels(const ops::LinearArgs& args, ThreadPool& pool) {
 
 template <class Format>
 void RunLinear(const ops::LinearArgs& args, ThreadPool& pool) {
-  switch (args.rows) {
-    case 0:
-      return;
-    case 1:
-      return StreamRows<Format, 1>(args, pool);
-    case 2:
-      return StreamRows<Format, 2>(args, pool);
-    case 3:
-      return StreamRows<Format, 3>(args, pool);
-    case 4:
-      return StreamRows<Format, 4>(args, pool);
-    default:
-      return Panels<Format>(args, pool);
-  }
+  if (args.rows == 0) return;
+  if (args.rows <= kStreamRows) return Stream<Format>(args, pool);
+  Panels<Format>(args, pool);
 }
 
 void LinearF32(const ops::LinearArgs& args, ThreadPool& pool) { RunLinear<F32Format>(args, pool); }
