@@ -178,6 +178,9 @@ def _config(
         if slot.linear:
             slot_name, out, inputs, form = plan.linear(target)
             linears[slot_name] = {"out": out, "in": inputs, "format": form.to_json()}
+    similarity = similarity_lower_bound
+    if similarity is None:
+        similarity = plan.description.similarity_lower_bound
     architectures = source.config.get("architectures")
     origin = {
         "family": plan.family,
@@ -191,7 +194,7 @@ def _config(
         "weights": plan.scheme.name,
         **plan.description.model.to_json(),
         "tokens": plan.tokens.to_json(plan.description.media),
-        "defaults": {"kv": kv, "similarity_lower_bound": similarity_lower_bound},
+        "defaults": {"kv": kv, "similarity_lower_bound": similarity},
         "linears": linears,
     }
 

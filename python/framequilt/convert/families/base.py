@@ -25,6 +25,7 @@ class Description:
     media: str = ""  # placeholder in the chat template's output
     template_changes: dict[str, str] = field(default_factory=dict)  # text -> text
     preprocessor: dict[str, Any] | None = None
+    similarity_lower_bound: float | None = None  # recommended for token reduction
 
 
 @dataclass(frozen=True)
