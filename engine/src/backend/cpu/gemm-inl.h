@@ -36,7 +36,7 @@ constexpr bool kManyRegisters = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
 constexpr int kMaxAccumulators = kManyRegisters ? 24 : 12;
 constexpr int kMicroRows = kMaxAccumulators / 2;  // with two vectors of columns
 
-#define FRAMEQUILT_INLINE __attribute__((always_inline))
+#define FRAMEQUILT_INLINE HWY_ATTR __attribute__((always_inline))
 
 // Calls f(integral_constant<0>), ..., f(integral_constant<kCount - 1>): indices of register arrays
 // must be constants.
