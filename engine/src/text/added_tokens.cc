@@ -87,9 +87,11 @@ Result<AddedTokens> AddedTokens::read(const Json* value, const BpeModel& model,
     }
     const int place = static_cast<int>(added.tokens_.size());
     if (token.normalized) {
-      FQ_ASSIGN_OR_RETURN(const std::string text, normalizer.apply(token.content));
+      FQ_ASSIGN_OR_RETURN(std::string text, normalizer.apply(token.content));
       if (!text.empty()) added.normalized_.add(text, place);
+      token.decoded = std::move(text);
     } else {
+      token.decoded = token.content;
       added.raw_.add(token.content, place);
     }
     added.tokens_.push_back(std::move(token));

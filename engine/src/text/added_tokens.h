@@ -38,6 +38,7 @@ class TokenTrie {
 struct AddedToken {
   TokenId id = 0;
   std::string content;
+  std::string decoded;  // what decoders get: the content, normalized if the token is
   bool special = false;
   bool left_strip = false, right_strip = false;  // takes the white space beside it along
   bool normalized = false;                       // is looked for in normalized text

@@ -49,7 +49,7 @@ ByteLevelBpe::ByteLevelBpe(BpeModel model, Normalizer normalizer, PreTokenizer p
   }
   for (const AddedToken& token : added_.tokens()) {
     entries_[static_cast<size_t>(token.id)] = {
-        token.content, token.special ? "" : decoder_.token_bytes(token.content), true,
+        token.decoded, token.special ? "" : decoder_.token_bytes(token.decoded), true,
         token.special};
   }
 }

@@ -84,7 +84,7 @@ std::string chars_map(const std::vector<uint32_t>& units, std::string_view text)
   std::string out(4 + units.size() * 4, '\0');
   const auto bytes = static_cast<uint32_t>(units.size() * 4);
   std::memcpy(out.data(), &bytes, 4);
-  std::memcpy(out.data() + 4, units.data(), units.size() * 4);
+  if (!units.empty()) std::memcpy(out.data() + 4, units.data(), units.size() * 4);
   return out + std::string(text);
 }
 
