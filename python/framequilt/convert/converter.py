@@ -82,17 +82,14 @@ def convert(
     """Converts a checkpoint (directory or .gguf file) to a model directory.
 
     `weights` is a format name (`framequilt.quantize.formats`); `overrides` maps slot patterns such
-    as
-    "vision.*" to other formats. `kv` and `similarity_lower_bound` are only recorded as the model's
-    defaults. `range_` "reference" is the paper's quantizer. `tokenizer` is another directory to
-    take
-    tokenizer and chat template from. A dry run does all but read the weights and write.
+    as "vision.*" to other formats. `kv` and `similarity_lower_bound` are only recorded as the
+    model's defaults (None: what the family or the checkpoint recommends). `range_` "reference" is
+    the paper's quantizer. `tokenizer` is another directory to take tokenizer and chat template
+    from. A dry run does all but read the weights and write.
 
     `progress` is called after every piece, `cancelled` before it; when it returns true, or when
-    either
-    raises, nothing is left on disk. Errors: NotFound, CorruptModel, Unsupported, InvalidArgument
-    (also
-    for an existing destination), IoError, Cancelled.
+    either raises, nothing is left on disk. Errors: NotFound, CorruptModel, Unsupported,
+    InvalidArgument (also for an existing destination), IoError, Cancelled.
     """
     began = time.monotonic()
     scheme = parse_scheme(weights, overrides)
