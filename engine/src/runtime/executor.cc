@@ -1,12 +1,20 @@
 #include "src/runtime/executor.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstring>
 
 namespace fq::runtime {
 namespace {
 
 constexpr int64_t kHeadRows = 16;  // rows whose logits exist at once
+
+// Makes room in a layer for `rows` more. The pages were promised at admission, so they are there.
+void append_rows(Sequence& sequence, kv::PageTable& table, int64_t rows) {
+  const int64_t taken = table.append(rows);
+  assert(taken >= 0);
+  sequence.reserved_pages -= taken;
+}
 
 // Frames encoded together: enough rows to keep the kernels busy, few enough to cancel quickly.
 int64_t frames_per_batch(const blocks::Vision& vision, int64_t chunk_rows) {
@@ -199,7 +207,7 @@ Result<bool> Executor::layer_unit(Sequence& sequence, LogitsFn on_logits) {
 
   for (int64_t begin = 0; begin < state.rows; begin += chunk_rows_) {
     const int64_t rows = std::min(chunk_rows_, state.rows - begin);
-    sequence.reserved_pages -= table.append(rows);
+    append_rows(sequence, table, rows);
     const blocks::KvSegment segment{.row = 0, .rows = rows, .begin = begin, .pages = table.pages()};
     layer.attention.forward(state.x.data() + begin * hidden, rows, state.positions.data() + begin,
                             {&segment, 1}, scratch_.data(), &attention_items_, pool_);
@@ -302,7 +310,7 @@ void Executor::token_pass(std::span<BatchItem> items, LogitsFn on_logits) {
       if (item.dropped) continue;
       kv::PageTable& table = item.sequence->tables[l];
       const int64_t begin = table.length();
-      item.sequence->reserved_pages -= table.append(item.rows);
+      append_rows(*item.sequence, table, item.rows);
       segments_.push_back(
           {.row = item.row, .rows = item.rows, .begin = begin, .pages = table.pages()});
     }
