@@ -130,7 +130,7 @@ def own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def export(model: DemoModel, folder: Path) -> int:
+def export(model: DemoModel, prompts: Prompts, folder: Path) -> int:
     """Writes every file of the checkpoint but the model card; returns the bytes of the weights."""
     from safetensors.torch import save_file
 
@@ -141,14 +141,14 @@ def export(model: DemoModel, folder: Path) -> int:
     }
     target = folder / "model.safetensors"
     save_file(tensors, str(target), metadata={"format": "pt"})
-    for name, text in tokenizer_files().items():
+    for name, text in tokenizer_files(prompts.tokenizer).items():
         (folder / name).write_text(text + "\n", encoding="utf-8")
-    prompts = Prompts.from_folder(folder)
     for name, value in (
         ("config.json", hf_config(model.config, prompts)),
         ("preprocessor_config.json", preprocessor_config(model.config)),
     ):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    target.chmod(0o644)
     size = target.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"export: {target} has {size} bytes, more than {MAX_BYTES}")
@@ -195,7 +195,7 @@ def main() -> None:
         raise SystemExit(f"export: no {args.state} in {args.run}")
     model = DemoModel(DemoConfig(**state["config"]))
     model.load_state_dict(state["model"])
-    print(f"{export(model, args.out)} bytes of weights in {args.out}")
+    print(f"{export(model, Prompts.of_run(args.run), args.out)} bytes of weights in {args.out}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Plan:
     merge: float = 0.0  # share of batches with merged visual tokens
     drop: float = 0.0  # share of those whose survivors are thinned at random
     aux: float = 0.5  # weight of the dense auxiliary loss
-    vision_lr: float = 0.0  # 0 keeps tower and projector fixed
+    vision_lr: float = 0.0  # 0 keeps the projector fixed
+    train_tower: bool = False  # else the tower is fixed even when the projector is not
     follow_tower: bool = False  # reload RUN/tower.pt whenever it is newer
     skip: dict[str, float] = field(default_factory=dict)  # kind -> chance to leave it out
     each: int = 2  # questions of a kind per video
@@ -55,15 +56,17 @@ class VideoBatch:
     targets: Ints  # [B, Q, T] next token where it belongs to the answer, else IGNORE
     kinds: Ints  # [B, Q] index into KINDS, -1 padding
     motion: Ints  # [B, F, C, C] direction or STILL of the shape centred here, IGNORE elsewhere
-    partner: Ints  # [B, F, C, C] colour that the shape centred here has touched by now
+    partner: Ints  # [B, F, C, C] colour that the shape centred here touches now
+    origin: Ints  # [B, F, C, C] cell (row * C + column) where the shape centred here began
     plan: Plan
 
 
-def auxiliary_labels(world: World, cells: int) -> tuple[Ints, Ints]:
-    """`motion` and `partner` of one video, [F, C, C] each; causal: frames up to this one decide."""
+def auxiliary_labels(world: World, cells: int) -> tuple[Ints, Ints, Ints]:
+    """`motion`, `partner` and `origin` of one video, [F, C, C] each; frames up to now decide."""
     frames = world.frames
     motion = np.full((frames, cells, cells), IGNORE, np.int64)
     partner = np.full_like(motion, IGNORE)
+    origin = np.full_like(motion, IGNORE)
     tracks, visible = world.tracks(), world.visible()
     at = ((tracks + shake_offsets(world)) * (cells / CANVAS)).astype(np.int64)
     at = np.clip(at, 0, cells - 1)
@@ -72,9 +75,11 @@ def auxiliary_labels(world: World, cells: int) -> tuple[Ints, Ints]:
         shown = visible[k]
         if not shown.any():
             continue
-        start = tracks[k, int(shown.argmax())]
+        begin = int(shown.argmax())
+        start = tracks[k, begin]
         far = np.abs(tracks[k] - start).max(-1)
         x, y = at[k, :, 0], at[k, :, 1]
+        origin[index[shown], y[shown], x[shown]] = y[begin] * cells + x[begin]
         if actor.motion == STILL:
             rows = shown & (index >= 2)
             motion[index[rows], y[rows], x[rows]] = STILL
@@ -85,7 +90,7 @@ def auxiliary_labels(world: World, cells: int) -> tuple[Ints, Ints]:
             other = world.touch.target if k == world.touch.mover else world.touch.mover
             rows = (times >= world.touch.begin) & (times <= world.touch.end)
             partner[index[rows], y[rows], x[rows]] = world.actors[other].colour
-    return motion, partner
+    return motion, partner, origin
 
 
 def encode(prompts: Prompts, rows: list[list[QA]]) -> tuple[Ints, Ints, Ints]:
@@ -115,7 +120,7 @@ def video_batch(
     frames = int(names[int(rng.choice(len(names), p=share / share.sum()))])
     videos, wide = SHAPES_OF_BATCH[frames]
     videos = max(1, int(videos * scale))
-    pictures, questions, motion, partner = [], [], [], []
+    pictures, questions, motion, partner, origin = [], [], [], [], []
     for k in range(videos):
         seed = LM_SEED_BASE + index * 64 + k
         world_rng = np.random.default_rng(seed)
@@ -128,7 +133,15 @@ def video_batch(
         labels = auxiliary_labels(world, config.cells)
         motion.append(labels[0])
         partner.append(labels[1])
+        origin.append(labels[2])
     tokens, targets, kinds = encode(prompts, questions)
     return VideoBatch(
-        np.stack(pictures), tokens, targets, kinds, np.stack(motion), np.stack(partner), plan
+        np.stack(pictures),
+        tokens,
+        targets,
+        kinds,
+        np.stack(motion),
+        np.stack(partner),
+        np.stack(origin),
+        plan,
     )

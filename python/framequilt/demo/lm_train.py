@@ -23,25 +23,39 @@ from framequilt.demo.runstate import Batches, Log, StopFlag, load_state, save_at
 from framequilt.demo.tokenizer import Prompts
 from framequilt.demo.world import COLOURS, STILL
 
-AUX_LAYER = 6  # layers before the auxiliary heads read the visual rows
+AUX_LAYERS = (5, 8)  # layers before the auxiliary heads read the visual rows: places, motion
 
 
 class AuxiliaryHeads(nn.Module):
-    """Readers of visual rows in mid-LM: motion, touched partner, frame index. Dropped later."""
+    """Readers of visual rows in mid-LM: origin, touched partner, frame index; motion later on."""
 
     def __init__(self, config: DemoConfig) -> None:
         super().__init__()
         self.splits = [STILL + 1, len(COLOURS), LATE]
+        self.places = nn.Linear(config.width, config.cells**2)
         self.read = nn.Linear(config.width, sum(self.splits))
 
     def forward(
-        self, rows: Tensor, motion: Tensor, partner: Tensor, late: Tensor
+        self,
+        early: Tensor,
+        later: Tensor,
+        motion: Tensor,
+        partner: Tensor,
+        late: Tensor,
+        origin: Tensor,
     ) -> dict[str, Tensor]:
-        """rows [b, n, width], labels [b, n] -> losses and hit rates."""
-        x = F.rms_norm(rows, (rows.shape[-1],))
+        """Rows [b, n, width] at two depths, labels [b, n] -> losses and hit rates."""
+        x = F.rms_norm(early, (early.shape[-1],))
+        y = F.rms_norm(later, (later.shape[-1],))
         out: dict[str, Tensor] = {}
-        names = (("motion", motion), ("partner", partner), ("late", late))
-        for (name, want), logits in zip(names, self.read(x).split(self.splits, -1), strict=True):
+        moves = self.read(y).split(self.splits, -1)[0]
+        _, touches, frames = self.read(x).split(self.splits, -1)
+        for name, want, logits in (
+            ("motion", motion, moves),
+            ("partner", partner, touches),
+            ("late", late, frames),
+            ("origin", origin, self.places(x)),
+        ):
             known = want != IGNORE
             if known.any():
                 picked, wanted = logits[known], want[known]
@@ -67,12 +81,13 @@ def shared_forward(
     valid: Tensor,
     tokens: Tensor,
     start: int,
-    aux_layer: int = AUX_LAYER,
-) -> tuple[Tensor, Tensor]:
-    """Logits of all questions and the prefix rows after `aux_layer` layers.
+    aux_layers: tuple[int, ...] = AUX_LAYERS,
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits of all questions and the prefix rows after each of `aux_layers` layers.
 
     prefix [b, n, width] with padding at the end, positions [b, n], valid [b, n], tokens
-    [b, Q, T], `start` the position of the first question token -> [b, Q, T, vocab], [b, n, width].
+    [b, Q, T], `start` the position of the first question token -> [b, Q, T, vocab] and
+    [b, n, width] each.
     """
     lm = model.language
     b, q, t = tokens.shape
@@ -81,10 +96,11 @@ def shared_forward(
     own = (start + torch.arange(t)).repeat(q).expand(b, q * t)
     cos, sin = lm.rope(torch.cat([positions, own], 1))
     mask = question_mask(tokens, valid)
-    middle = prefix
+    middle: list[Tensor] = []
+    aux_layers = tuple(min(a, len(lm.layers) - 1) for a in aux_layers)
     for index, layer in enumerate(lm.layers):
-        if index == aux_layer:
-            middle = x[:, :n]
+        if index in aux_layers:
+            middle.append(x[:, :n])
         query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
         seen = F.scaled_dot_product_attention(
             query[:, :, :n], key[:, :, :n], value[:, :, :n], is_causal=True
@@ -101,8 +117,11 @@ def visual_rows(model: DemoModel, batch: VideoBatch, train_vision: bool) -> Tens
     b, f = batch.frames.shape[:2]
     images = to_images(torch.from_numpy(batch.frames).flatten(0, 1))
     vision = model.vision
-    with torch.set_grad_enabled(train_vision):
-        cells = vision.pool(vision.projector(vision.tower(images)))
+    grad = torch.is_grad_enabled()
+    with torch.set_grad_enabled(grad and train_vision and batch.plan.train_tower):
+        features = vision.tower(images)
+    with torch.set_grad_enabled(grad and train_vision):
+        cells = vision.pool(vision.projector(features))
     return vision.add_newlines(cells).view(b, f, model.config.frame_tokens, -1)
 
 
@@ -156,12 +175,19 @@ def losses(
 
         late = (torch.arange(f * p) // p).clamp_max(LATE - 1).expand(b, f * p)
         extra = heads(
-            middle[:, h:],
+            middle[0][:, h:],
+            middle[-1][:, h:],
             at_rows(spread(torch.from_numpy(batch.motion))),
             at_rows(spread(torch.from_numpy(batch.partner))),
             at_rows(late),
+            at_rows(spread(torch.from_numpy(batch.origin))),
         )
-        weights = {"loss_motion": 1.0, "loss_partner": 0.5, "loss_late": 0.2}
+        weights = {
+            "loss_motion": 1.0,
+            "loss_partner": 0.4,
+            "loss_late": 0.1,
+            "loss_origin": 1.0,
+        }
         for name, value in extra.items():
             out[name] = value * plan.aux * weights.get(name, 1.0 / plan.aux)
     with torch.no_grad():
@@ -202,7 +228,7 @@ class LmRun:
     def __init__(self, run: Path, config: DemoConfig, scale: float = 1.0) -> None:
         torch.manual_seed(1)
         self.run, self.config, self.scale = run, config, scale
-        self.prompts = Prompts()
+        self.prompts = Prompts.of_run(run)
         self.model, self.heads = DemoModel(config), AuxiliaryHeads(config)
         self.generator = torch.Generator().manual_seed(2)
         vision = [*self.model.vision.tower.parameters(), *self.model.vision.projector.parameters()]
@@ -225,8 +251,9 @@ class LmRun:
                 self.model.vision.load_state_dict(tower["vision"])
         else:
             self.model.load_state_dict(state["model"])
-            self.heads.load_state_dict(state["heads"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            fresh = self.heads.load_state_dict(state["heads"], strict=False).missing_keys
+            if not fresh:
+                self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
 

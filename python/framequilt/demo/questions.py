@@ -67,6 +67,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "where_now": ("where is the {x}?",),
     "where_start": ("where is the {x} at the start?", "where does the {x} start?"),
     "where_end": ("where is the {x} at the end?", "where does the {x} end?"),
+    "side_now": ("is the {x} on the left or on the right?",),
+    "side_start": ("is the {x} on the left or on the right at the start?",),
+    "side_end": ("is the {x} on the left or on the right at the end?",),
     "first": ("which comes first, the {x} or the {y}?", "what appears first, the {x} or the {y}?"),
     "sign_shape": ("is the sign shown before or after the {x} appears?",),
     "sign_touch": ("is the sign shown before or after the {x} touches the {y}?",),
@@ -161,11 +164,14 @@ def _ask_where(facts: _Facts, ask: Ask) -> None:
         if world.frames == 1:
             if start:
                 ask("where", "where_now", start, x=name)
+                ask("where", "side_now", start.split()[1], x=name)
             continue
         if start and facts.first[k] == 0:
             ask("where", "where_start", start, x=name)
+            ask("where", "side_start", start.split()[1], x=name)
         if end:
             ask("where", "where_end", end, x=name)
+            ask("where", "side_end", end.split()[1], x=name)
 
 
 def _ask_same(facts: _Facts, ask: Ask) -> None:

@@ -92,9 +92,8 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_files() -> dict[str, str]:
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     """File name -> JSON text of everything about text in the checkpoint."""
-    tokenizer = build_tokenizer()
     ids = {s: tokenizer.token_to_id(s) for s in SPECIAL}
     added = {
         str(i): {
@@ -146,6 +145,15 @@ class Prompts:
         self.end: int = self.encode("<|im_end|>")[0]
         self.pad: int = self.encode("<|endoftext|>")[0]
         self.encode_cached = lru_cache(maxsize=65536)(self.encode)
+
+    @classmethod
+    def of_run(cls, run: Path) -> Prompts:
+        """The tokenizer a run began with: new wordings must not renumber a trained vocabulary."""
+        path = run / "tokenizer.json"
+        if not path.exists():
+            run.mkdir(parents=True, exist_ok=True)
+            path.write_text(build_tokenizer().to_str(pretty=True), encoding="utf-8")
+        return cls.from_folder(run)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Prompts:
