@@ -68,7 +68,7 @@ Status check_file(const MappedFile& mapped, const FileSpec& file, const fs::path
   return {};
 }
 
-Status merge(Tensors part, const fs::path& path, Tensors& all) {
+Status merge(Tensors&& part, const fs::path& path, Tensors& all) {
   for (auto& [name, tensor] : part) {
     if (name.starts_with(kPadPrefix)) continue;
     // The container starts its data anywhere; kernels load whole cache lines.

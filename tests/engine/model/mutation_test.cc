@@ -136,7 +136,7 @@ TEST(Mutations, OfDirectoriesNeverCrash) {
   uint64_t header = 0;
   std::memcpy(&header, weights.data(), 8);
   Mutator mutator(20240603);
-  volatile int last_bytes = 0;  // read through the mapping
+  [[maybe_unused]] volatile int last_bytes = 0;  // read through the mapping
   for (int round = 0; round < 200; ++round) {
     const bool damage_config = round % 2 == 0;
     testing::write_file(model.path("config.json"),
