@@ -1,12 +1,14 @@
 // Number formats of the KV cache and the layout of a page. A page holds kPageTokens tokens of ONE
-// layer. Layout (normative in engine/CONTRACT.md, "KV pages"): for each kv head, contiguous,
-// 64-byte aligned:
-//   K transposed: [head_dim][64] elements (kv4: [head_dim/2][64] bytes, dim 2i in the low nibble,
-//   2i+1 in the high) V token-major: [64][head_dim]      (kv4: [64][head_dim/2] bytes, dim i in the
-//   low nibble, i+head_dim/2 high) kv8, kv4 only: K scale [groups][64] f32, K zero [groups][64]
-//   f32, V scale [64][groups] f32, V zero [64][groups] f32
-// kv32 stores float32, kv16 IEEE half. Quantization: asymmetric, per token and kv head, groups
-// along head_dim (specs/quantization section 1.5), range extended to include zero.
+// layer. Layout (engine/CONTRACT.md, "KV pages"): for each kv head, contiguous, 64-byte aligned:
+//   K, transposed   [head_dim][64] elements
+//                   kv4: [head_dim/2][64] bytes, dim 2i in the low nibble, 2i+1 in the high
+//   V, token-major  [64][head_dim] elements
+//                   kv4: [64][head_dim/2] bytes, dim i in the low nibble, i+head_dim/2 in the high
+//   kv8 and kv4     K scale [groups][64], K zero [groups][64],
+//                   V scale [64][groups], V zero [64][groups], all float32
+// kv32 stores float32, kv16 IEEE half (saturating). kv8 and kv4 are asymmetric, per token and kv
+// head, groups along head_dim (specs/quantization section 1.5), range extended to include zero.
+// Pure functions and values; pages belong to the caller. Any thread.
 #pragma once
 
 #include <cstddef>

@@ -12,9 +12,8 @@
 
 namespace fq::quant {
 
-inline constexpr int kTileRows = 8;  // output rows interleaved in one tile
-inline constexpr int kRowPadding =
-    16;  // output rows are padded to this with zero scales / zero weights
+inline constexpr int kTileRows = 8;       // output rows interleaved in one tile
+inline constexpr int kRowPadding = 16;    // output rows are padded to this: scale or weight zero
 inline constexpr int kInputPadding = 32;  // affine codes are padded along the input to this
 
 struct LinearWeights {
@@ -25,8 +24,8 @@ struct LinearWeights {
   int group = 0;                 // kAffine: inputs per group (== padded in when per row)
   const void* data = nullptr;    // codes (U8), BF16 or F32 tiles
   const void* scales = nullptr;  // kAffine: F16 or F32 [tiles, groups, 8]
-  const uint8_t* zeros =
-      nullptr;  // kAffine asymmetric: U8 [tiles, groups, 8]; symmetric: zero is 2^(bits-1)
+  // kAffine, asymmetric: U8 [tiles, groups, 8]. Symmetric: nullptr, zero is 2^(bits-1).
+  const uint8_t* zeros = nullptr;
   const float* bias = nullptr;  // [out] or nullptr
   int64_t bytes = 0;            // of data + scales + zeros, for reports
 

@@ -52,8 +52,7 @@ namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
 #if FRAMEQUILT_HAVE_SIMD
 
-// --- Softmax of one row
-// --------------------------------------------------------------------------------
+// --- Softmax of one row ----------------------------------------------------------------------
 
 // scores[0, n) times scale, in place; the largest of them and `most`. Lanes past n become -infinity
 // up to a whole vector.
@@ -109,8 +108,7 @@ HWY_INLINE void SoftmaxRow(float* scores, int64_t n, int64_t tokens, float scale
     hn::Store(hn::Mul(hn::Load(df, out + d), rescale), df, out + d);
 }
 
-// --- A tile
-// --------------------------------------------------------------------------------------------
+// --- A tile ----------------------------------------------------------------------------------
 
 struct Tile {
   AttentionScratch& s;
@@ -172,8 +170,7 @@ struct Tile {
   }
 };
 
-// --- Causal attention over pages
-// -------------------------------------------------------------------------
+// --- Causal attention over pages -------------------------------------------------------------
 
 // Consecutive rows [row_begin, row_end) of one sequence, and query heads [head_begin, head_end)
 // that share a kv head.
@@ -256,8 +253,7 @@ void Attention(std::span<const ops::AttentionArgs> list, ThreadPool& pool) {
   });
 }
 
-// --- Importance
-// ------------------------------------------------------------------------------------------
+// --- Importance ------------------------------------------------------------------------------
 
 // Mean-free sum over the heads of one kv head and the queries: part [length].
 void ImportanceHead(const ops::ImportanceArgs& args, int kv_head, float* part) {
@@ -327,8 +323,7 @@ void Importance(const ops::ImportanceArgs& args, ThreadPool& pool) {
   }
 }
 
-// --- Encoder attention
-// -------------------------------------------------------------------------------------
+// --- Encoder attention -----------------------------------------------------------------------
 
 // One head of one block of rows: K transposed and V packed once, then tiles of queries.
 void EncoderItem(const ops::EncoderAttentionArgs& args, int64_t block, int64_t head) {

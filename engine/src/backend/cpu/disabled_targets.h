@@ -1,7 +1,22 @@
-// The targets that this backend does not compile for: SSSE3 (its machines have SSE4 in practice)
-// and SVE (NEON serves those). Every file that uses Highway includes this first.
+// The targets that this backend does not compile for: SSSE3 (its machines have SSE4 in practice) and
+// SVE (NEON serves those). Every file that uses Highway includes this first.
 #pragma once
 
+// Sanitizers multiply the time that kernels take to compile: one target then stands for all of them,
+// the templates are the same.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define FRAMEQUILT_ONE_TARGET 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define FRAMEQUILT_ONE_TARGET 1
+#endif
+#endif
+
 #ifndef HWY_DISABLED_TARGETS
+#ifdef FRAMEQUILT_ONE_TARGET
+#define HWY_DISABLED_TARGETS \
+  (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+#else
 #define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+#endif
 #endif

@@ -28,8 +28,7 @@ using quant::LinearWeights;
 
 constexpr int kBlockBytes = 32;  // 8 rows of a tile
 
-// --- Reading tiles
-// -----------------------------------------------------------------------------------
+// --- Reading tiles ---------------------------------------------------------------------------
 //
 // A unit is the kLanes output rows of one vector: half a tile, a tile, or two tiles that lie
 // `tile_stride` apart.
@@ -98,8 +97,7 @@ HWY_INLINE VF LoadZeros(const LinearWeights& w, int64_t unit, int64_t group) {
       });
 }
 
-// --- Weight formats
-// ----------------------------------------------------------------------------------
+// --- Weight formats --------------------------------------------------------------------------
 //
 // A format turns one block (a word per row) into kInputs vectors of weights.
 
@@ -179,8 +177,7 @@ int64_t GroupSize(const LinearWeights& w) {
   return Format::kGroups ? w.group : w.in;
 }
 
-// --- Results
-// -----------------------------------------------------------------------------------------
+// --- Results ---------------------------------------------------------------------------------
 
 // y[row][column..] = sum (+ bias) (+ old y), for the lanes that are real outputs.
 HWY_INLINE void Finish(const ops::LinearArgs& args, int64_t row, int64_t column, VF sum) {
@@ -203,8 +200,7 @@ HWY_INLINE void Finish(const ops::LinearArgs& args, int64_t row, int64_t column,
   }
 }
 
-// --- Few rows: weights through registers
-// ---------------------------------------------------------------
+// --- Few rows: weights through registers -----------------------------------------------------
 
 // `count` <= kUnits units of columns from `unit` on, for all kRows rows: enough accumulators to
 // hide the latency of the fused multiply-add. What is missing repeats the last unit and is not
@@ -327,8 +323,7 @@ void Stream(const ops::LinearArgs& args, ThreadPool& pool) {
   });
 }
 
-// --- Many rows: panels in cache
-// --------------------------------------------------------------------------
+// --- Many rows: panels in cache --------------------------------------------------------------
 
 constexpr int64_t kPanelColumns = 2 * kLanes;
 constexpr int64_t kGroupColumns = 64;                      // columns of one item of work
