@@ -38,6 +38,44 @@ TARGET = 0.9
 TARGET_LOSS = 0.03
 
 
+TEXT = """\
+# Framequilt demo model
+
+A vision-language model of 2.3 million parameters in the LLaVA-Video layout: SigLIP-shaped tower
+(64 x 64 pixels, patch 8, 3 layers run, width 96), two-layer projector, bilinear 2 x 2 pooling, a
+newline after every row (20 rows a frame), Qwen2-shaped language model (12 layers, width 128, 4
+heads, 2 key-value heads, vocabulary 512). Weights are bfloat16. Licence: Apache-2.0. It exists to
+show and test the engine; it knows nothing but its own world.
+
+## Data
+
+Videos drawn by `framequilt.demo.scenes`: one to four coloured shapes (6 colours, 4 shapes) that
+rest, move, meet, bounce or appear later, over static or scrolling textured backgrounds, with cuts,
+camera shake, noise, blur, brightness flicker and grey dots that are not shapes; a white sign with
+a digit in one frame. No recorded footage, no downloaded weights or texts. Seeds below
+1,000,000,000 are never trained on; the numbers here come from seeds {first} to {last}.
+
+## Training
+
+`python -m framequilt.demo.train --resume RUN_DIR`, one thread of a shared two-core machine (AMD
+EPYC, AVX-512). First tower and projector learn dense labels of single frames (colour, shape,
+digit, contact, place; 2,750 steps, about 200,000 frames, 30 minutes), then the language model
+learns to answer on 1 to 32 frames ({steps}); the tower is fixed for most of that
+time and trained slowly along at the end. Dense auxiliary labels at two middle layers (where a
+shape began, which way it goes, whom it touches, frame index) help and are dropped afterwards. In
+part of the batches similar neighbours of a slot are averaged and survivors are thinned at random,
+rotary positions kept: the model has been trained to bear reduction. Once, by hand, the component
+of the projector's output that tells left from right was amplified, because the language model did
+not pick it up.
+
+## Accuracy on unseen videos of {frames} frames
+
+Greedy answers, exact match, Wilson 95% intervals in brackets; the same questions at every cost.
+FrameFusion with the paper's threshold rule: the median cosine at the first layer, averaged over
+128 other videos, is **{threshold:.4f}**; N_th 0.1, budget depth {layers}.
+"""
+
+
 def percent(row: dict[str, Any]) -> str:
     """`91.5 (86.8 to 94.6)`."""
     low, high = row["interval"]
@@ -87,47 +125,17 @@ def verdict(result: dict[str, Any]) -> str:
 
 def card(result: dict[str, Any], mp4: dict[str, Any] | None, run: dict[str, Any] | None) -> str:
     """The whole text."""
-    steps = f"{run['step']} steps, {run['seconds'] / 60:.0f} minutes" if run else "see the history"
-    lines = [
-        "# Framequilt demo model",
-        "",
-        "A vision-language model of 2.3 million parameters in the LLaVA-Video layout: SigLIP-shaped",
-        "tower (64 x 64 pixels, patch 8, 3 layers run, width 96), two-layer projector, bilinear 2 x 2",
-        "pooling, a newline after every row (20 rows a frame), Qwen2-shaped language model (12 layers,",
-        "width 128, 4 heads, 2 key-value heads, vocabulary 512). Weights are bfloat16. Licence:",
-        "Apache-2.0. It exists to show and test the engine; it knows nothing but its own world.",
-        "",
-        "## Data",
-        "",
-        "Videos drawn by `framequilt.demo.scenes`: one to four coloured shapes (6 colours, 4 shapes)",
-        "that rest, move, meet, bounce or appear later, over static or scrolling textured backgrounds,",
-        "with cuts, camera shake, noise, blur, brightness flicker and grey dots that are not shapes; a",
-        "white sign with a digit in one frame. No recorded footage, no downloaded weights or texts.",
-        "Seeds below 1,000,000,000 are never trained on; the numbers here come from seeds",
-        f"{result['first_seed']} to {result['last_seed']}.",
-        "",
-        "## Training",
-        "",
-        "`python -m framequilt.demo.train --resume RUN_DIR`, one thread of a shared two-core machine",
-        "(AMD EPYC, AVX-512). First tower and projector learn dense labels of single frames (colour,",
-        "shape, digit, contact, place; 2,750 steps, about 150,000 frames, 30 minutes), then the language",
-        f"model learns to answer on 1 to 32 frames ({steps} of training time), the tower fixed, the",
-        "projector trained slowly along. Dense auxiliary labels at two middle layers (where a shape began,",
-        "which way it goes, whom it touches, frame index) help and are dropped afterwards. In part of the",
-        "batches neighbouring similar rows of a slot are averaged and survivors are thinned at random, rotary",
-        "positions kept: the model has been trained to bear reduction.",
-        "",
-        f"## Accuracy on unseen videos of {result['frames']} frames",
-        "",
-        "Greedy answers, exact match, Wilson 95% intervals in brackets; the same questions at every",
-        "cost. FrameFusion with the paper's threshold rule: the median cosine at the first layer, averaged",
-        f"over 128 other videos, is **{result['similarity_lower_bound']:.3f}**; N_th 0.1, budget depth 12.",
-        "",
-        *accuracy_table(result),
-        "",
-        verdict(result),
-        "",
-    ]
+    steps = f"{run['step']} steps, {run['seconds'] / 60:.0f} minutes" if run else "unknown time"
+    first = result["first_seed"], result["last_seed"], result["frames"]
+    text = TEXT.format(
+        first=first[0],
+        last=first[1],
+        frames=first[2],
+        steps=steps,
+        threshold=result["similarity_lower_bound"],
+        layers=result["budget_layers"],
+    )
+    lines = [text, *accuracy_table(result), "", verdict(result), ""]
     if mp4 is not None:
         lines += [
             "Through a real file (drawn at 256 x 256, H.264, decoded, bicubic resize to 64 x 64):",
@@ -138,8 +146,8 @@ def card(result: dict[str, Any], mp4: dict[str, Any] | None, run: dict[str, Any]
     lines += [
         "## Limits",
         "",
-        "- It answers only the questions of `framequilt.demo.questions`, in their wordings, about videos",
-        "  of this generator; anything else gives a word of its small vocabulary.",
+        "- It answers only the questions of `framequilt.demo.questions`, in their wordings, about",
+        "  videos of this generator; anything else gives a word of its small vocabulary.",
         "- Prompts carry no time instruction (`add_time_instruction` is false) and one video each.",
         "- More than 32 frames, other frame sizes and several turns were not trained.",
         "- At chance level or near it where the table says so: compare with the number of answers.",
