@@ -67,11 +67,11 @@ GoldenFile::GoldenFile(const std::filesystem::path& path) {
   for (const auto& [name, view] : *parsed) {
     Array array{view.shape, {}, {}};
     if (view.dtype == DType::kF32) {
-      array.floats.resize(view.bytes.size() / sizeof(float));
-      std::memcpy(array.floats.data(), view.bytes.data(), view.bytes.size());
+      const auto* values = reinterpret_cast<const float*>(view.bytes.data());
+      array.floats.assign(values, values + view.bytes.size() / sizeof(float));
     } else if (view.dtype == DType::kI32) {
-      array.ints.resize(view.bytes.size() / sizeof(int32_t));
-      std::memcpy(array.ints.data(), view.bytes.data(), view.bytes.size());
+      const auto* values = reinterpret_cast<const int32_t*>(view.bytes.data());
+      array.ints.assign(values, values + view.bytes.size() / sizeof(int32_t));
     } else {
       throw std::runtime_error(path.string() + ": dtype of " + name);
     }
