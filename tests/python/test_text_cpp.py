@@ -201,7 +201,6 @@ NORMALIZERS: dict[str, Any] = {
     "nfd": normalizers.NFD(),
     "nfkc": normalizers.NFKC(),
     "nfkd": normalizers.NFKD(),
-    "strip": normalizers.Strip(left=True, right=True),
     "replace": normalizers.Sequence(
         [
             normalizers.Replace(tokenizers.Regex(r"\s{2,}"), "  "),

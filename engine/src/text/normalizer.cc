@@ -11,48 +11,18 @@ constexpr int kMaxDepth = 8;
 // A replacement may be longer than what it replaces, and steps multiply.
 constexpr size_t kMaxGrowth = 64;
 
-struct Apply {
-  std::string& text;
-
-  Status operator()(NormalForm form) const {
-    FQ_ASSIGN_OR_RETURN(text, normalize(text, form));
-    return {};
+Result<std::string> replace_matches(const Regex& pattern, std::string_view content,
+                                    std::string_view text) {
+  FQ_ASSIGN_OR_RETURN(Regex::Splitter splitter, Regex::Splitter::make(pattern, text.size()));
+  std::vector<Span> spans;
+  FQ_RETURN_IF_ERROR(splitter.split(text, spans));
+  std::string out;
+  out.reserve(text.size());
+  for (const Span& span : spans) {
+    out += span.matched ? content : text.substr(span.begin, span.end - span.begin);
   }
-
-  template <class Prepend>
-  requires requires(const Prepend& p) { p.text; }
-  Status operator()(const Prepend& step) const {
-    if (!text.empty()) text.insert(0, step.text);
-    return {};
-  }
-
-  template <class Replace>
-  requires requires(const Replace& r) { r.pattern; }
-  Status operator()(const Replace& step) const {
-    FQ_ASSIGN_OR_RETURN(Regex::Splitter splitter, Regex::Splitter::make(step.pattern, text.size()));
-    std::vector<Span> spans;
-    FQ_RETURN_IF_ERROR(splitter.split(text, spans));
-    std::string out;
-    out.reserve(text.size());
-    for (const Span& span : spans) {
-      if (span.matched) {
-        out += step.content;
-      } else {
-        out.append(text, span.begin, span.end - span.begin);
-      }
-    }
-    text = std::move(out);
-    return {};
-  }
-
-  template <class Strip>
-  requires requires(const Strip& s) { s.left; }
-  Status operator()(const Strip& step) const {
-    if (step.right) text.resize(text.size() - trailing_white_space(text));
-    if (step.left) text.erase(0, leading_white_space(text));
-    return {};
-  }
-};
+  return out;
+}
 
 }  // namespace
 
@@ -98,11 +68,6 @@ Status Normalizer::add(const Json& value, const std::string& where, int depth) {
                          " bytes");
     }
     steps_.emplace_back(Replace{std::move(regex), std::move(content)});
-  } else if (type == "Strip") {
-    FQ_RETURN_IF_ERROR(object.allow_only({"type", "strip_left", "strip_right"}));
-    FQ_ASSIGN_OR_RETURN(const bool left, object.boolean("strip_left"));
-    FQ_ASSIGN_OR_RETURN(const bool right, object.boolean("strip_right"));
-    steps_.emplace_back(Strip{left, right});
   } else if (type == "Sequence") {
     FQ_RETURN_IF_ERROR(object.allow_only({"type", "normalizers"}));
     FQ_ASSIGN_OR_RETURN(const Json* parts, object.member("normalizers"));
@@ -123,7 +88,13 @@ Status Normalizer::add(const Json& value, const std::string& where, int depth) {
 Result<std::string> Normalizer::apply(std::string text) const {
   const size_t limit = (text.size() + 64) * kMaxGrowth;
   for (const Step& step : steps_) {
-    FQ_RETURN_IF_ERROR(std::visit(Apply{text}, step));
+    if (const auto* form = std::get_if<NormalForm>(&step)) {
+      FQ_ASSIGN_OR_RETURN(text, normalize(text, *form));
+    } else if (const auto* prepend = std::get_if<Prepend>(&step)) {
+      if (!text.empty()) text.insert(0, prepend->text);
+    } else if (const auto* replace = std::get_if<Replace>(&step)) {
+      FQ_ASSIGN_OR_RETURN(text, replace_matches(replace->pattern, replace->content, text));
+    }
     if (text.size() > limit) {
       return Error{Code::kInvalidArgument, "the tokenizer's normalizer makes this text too long",
                    ""};

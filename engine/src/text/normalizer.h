@@ -30,10 +30,7 @@ class Normalizer {
     Regex pattern;
     std::string content;
   };
-  struct Strip {
-    bool left, right;
-  };
-  using Step = std::variant<NormalForm, Prepend, Replace, Strip>;
+  using Step = std::variant<NormalForm, Prepend, Replace>;
 
   Status add(const Json& value, const std::string& where, int depth);
 
