@@ -37,8 +37,8 @@ struct MathConstants {
   static constexpr float kGeluTanhCube = 0.044715f;
 };
 
-// Error at most 2 ulp (tests/engine/ops/math_test.cc checks every 1013th float). exp(0) is exactly 1,
-// exp(-inf) and everything that would be subnormal is 0.
+// Error at most 2 ulp (tests/engine/ops/math_test.cc checks every 1013th float). exp(0) is exactly
+// 1, exp(-inf) and everything that would be subnormal is 0.
 inline float exp_f32(float x) {
   using C = MathConstants;
   if (!(x >= C::kExpLow)) return x != x ? x : 0.0f;

@@ -1,9 +1,9 @@
-// The targets that this backend does not compile for: SSSE3 (its machines have SSE4 in practice) and
-// SVE (NEON serves those). Every file that uses Highway includes this first.
+// The targets that this backend does not compile for: SSSE3 (its machines have SSE4 in practice)
+// and SVE (NEON serves those). Every file that uses Highway includes this first.
 #pragma once
 
-// Sanitizers multiply the time that kernels take to compile: one target then stands for all of them,
-// the templates are the same.
+// Sanitizers multiply the time that kernels take to compile: one target then stands for all of
+// them, the templates are the same.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define FRAMEQUILT_ONE_TARGET 1
 #elif defined(__has_feature)

@@ -21,8 +21,8 @@ namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// One-lane targets run the references instead.
-#if HWY_TARGET != HWY_SCALAR && HWY_TARGET != HWY_EMU128
+// One-lane targets, and those whose width is not known to the compiler, run the references instead.
+#if HWY_TARGET != HWY_SCALAR && HWY_TARGET != HWY_EMU128 && !HWY_HAVE_SCALABLE
 #undef FRAMEQUILT_HAVE_SIMD
 #define FRAMEQUILT_HAVE_SIMD 1
 
