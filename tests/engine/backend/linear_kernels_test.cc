@@ -143,7 +143,7 @@ TEST_P(LinearKernels, EqualTheReferenceForOddShapes) {
                                         {24, 70}, {40, 129}, {71, 300}, {130, 257}};
   const LinearFn fn = kernel();
   for (const auto& [out, in] : shapes) {
-    for (const int64_t rows : {1, 2, 3, 4, 5, 7, 12, 13, 33}) {
+    for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 33}) {
       const bool with_bias = rows % 2 == 1;
       const bool accumulate = rows % 3 == 0;
       SCOPED_TRACE(testing::Message() << "out " << out << " in " << in << " rows " << rows);
@@ -173,7 +173,7 @@ TEST_P(LinearKernels, ValueOfARowDoesNotDependOnTheOthersNorOnThreads) {
   ThreadPool pool(1);
   std::vector<float> pieces = problem.fresh_output();
   int64_t begin = 0;
-  for (const int64_t count : {1, 2, 3, 4, 5, 11, 24, 64, 87}) {
+  for (const int64_t count : {1, 2, 3, 4, 5, 6, 8, 11, 24, 50, 87}) {
     ops::LinearArgs part = problem.args;
     part.x += begin * part.x_stride;
     part.y = pieces.data() + begin * part.y_stride;
