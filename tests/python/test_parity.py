@@ -188,9 +188,7 @@ def test_one_image_with_tiles_equals_transformers(
 
 @pytest.mark.parametrize("pool", ["bilinear", "average", "max"])
 @pytest.mark.parametrize("newline", ["grid", "frame", "one_token", "no_token"])
-def test_original_video_layout_equals_its_modules(
-    tmp_path: Path, pool: str, newline: str
-) -> None:
+def test_original_video_layout_equals_its_modules(tmp_path: Path, pool: str, newline: str) -> None:
     model = tiny.tiny_llava_video_original(
         tmp_path / "src", seed=7, mm_spatial_pool_mode=pool, mm_newline_position=newline
     )
@@ -255,7 +253,7 @@ def test_quantized_kv_gets_closer_with_more_bits(tmp_path: Path) -> None:
         ours = NativeEngine(tmp_path / "model", kv=kv).run(prompt, return_prompt_logits=True)
         error[kv] = float(np.sqrt(np.mean((ours.prompt_logits - exact) ** 2)))
     assert error["kv32"] <= SLACK * noise
-    # Half has 11 significant bits, 8 and 4 bit codes 255 and 15 steps over the range of a group: the
+    # Half has 11 significant bits, 8 and 4 bit codes 255 and 15 steps over a group: the
     # order is theirs, and each step of formats is more than a factor of 2 apart.
     assert error["kv32"] * 2 < error["kv16"] and error["kv16"] * 2 < error["kv8"]
     assert error["kv8"] * 2 < error["kv4"] < float(np.sqrt(np.mean(exact**2)))

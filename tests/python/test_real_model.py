@@ -59,9 +59,7 @@ def chat_ids(model: Path, question: str) -> list[int]:
     from framequilt.tokenizer import Tokenizer
 
     tokens = ModelDirectory(model).config["tokens"]["tokenizer"]
-    text = (
-        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     return Tokenizer.open(model, tokens).encode(text, parse_special=True)
 
 
@@ -94,9 +92,7 @@ def test_logits_and_greedy_tokens_equal_transformers(exact_model: Path, oracle: 
 
 
 @pytest.mark.slow
-def test_packed_path_equals_the_dequantized_path(
-    gguf: Path, oracle: Any, tmp_path: Path
-) -> None:
+def test_packed_path_equals_the_dequantized_path(gguf: Path, oracle: Any, tmp_path: Path) -> None:
     path = tmp_path / "w4"
     convert(gguf, path, weights="w4g64", kv="kv32")
     directory = ModelDirectory(path)

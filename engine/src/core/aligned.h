@@ -1,5 +1,5 @@
-// 64-byte aligned, uninitialised float storage that grows but never shrinks: the workspace type of the runtime.
-// Owned by whoever holds it; not thread-safe.
+// 64-byte aligned, uninitialised float storage that grows but never shrinks: the workspace type of
+// the runtime. Owned by whoever holds it; not thread-safe.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,5 @@
-// A non-owning reference to a callable: what a parallel loop takes instead of std::function, which may allocate.
+// A non-owning reference to a callable: what a parallel loop takes instead of std::function, which
+// may allocate.
 #pragma once
 
 #include <memory>
@@ -14,8 +15,8 @@ template <class R, class... Args>
 class FunctionRef<R(Args...)> {
  public:
   template <class F>
-    requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef>)
-  FunctionRef(F&& f)  // NOLINT(google-explicit-constructor): meant to be passed a lambda
+  requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef>)
+      FunctionRef(F&& f)  // NOLINT(google-explicit-constructor): meant to be passed a lambda
       : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
         call_([](void* object, Args... args) -> R {
           return (*static_cast<std::remove_reference_t<F>*>(object))(std::forward<Args>(args)...);

@@ -1,4 +1,5 @@
-// A whole file mapped read-only into memory. Owns the mapping; views into it live as long as it does.
+// A whole file mapped read-only into memory. Owns the mapping; views into it live as long as it
+// does.
 #pragma once
 
 #include <cstddef>

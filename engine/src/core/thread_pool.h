@@ -1,6 +1,6 @@
-// A fixed pool of worker threads for data-parallel loops. The calling thread works too. One loop at a time: only
-// the engine thread calls it. No allocation per loop. Items are handed out dynamically; results must not depend on
-// which thread ran which item.
+// A fixed pool of worker threads for data-parallel loops. The calling thread works too. One loop at
+// a time: only the engine thread calls it. No allocation per loop. Items are handed out
+// dynamically; results must not depend on which thread ran which item.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@ namespace fq {
 
 class ThreadPool {
  public:
-  // `threads` counts the caller: 1 means no workers. <= 0: one per core available to the process (affinity, cgroup).
+  // `threads` counts the caller: 1 means no workers. <= 0: one per core available to the process
+  // (affinity, cgroup).
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
