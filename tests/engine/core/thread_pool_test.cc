@@ -95,6 +95,24 @@ TEST(ThreadPool, WorkersTakeItemsWhileTheCallerIsBusy) {
   EXPECT_EQ(others.load(), 7);
 }
 
+// Both threads are inside before either goes on; the worker then takes its time. A loop that
+// returned without waiting for it would leave `done` unset (and hand the worker a dead loop body).
+TEST(ThreadPool, ALoopEndsOnlyWhenTheSlowestWorkerHasFinished) {
+  ThreadPool pool(2);
+  for (int round = 0; round < 20; ++round) {
+    std::atomic<int> inside{0};
+    std::atomic<bool> done{false};
+    pool.parallel_for(2, [&](int64_t, int thread) {
+      inside.fetch_add(1);
+      while (inside.load() < 2) std::this_thread::yield();
+      if (thread == 0) return;
+      for (int i = 0; i < 2000; ++i) std::this_thread::yield();
+      done.store(true);
+    });
+    ASSERT_TRUE(done.load());
+  }
+}
+
 TEST(ThreadPool, IsDestroyedWhetherOrNotItEverRan) {
   for (int i = 0; i < 50; ++i) {
     ThreadPool idle(4);
