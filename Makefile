@@ -51,7 +51,7 @@ $(STAMP)/system: .ci/system-packages
 $(VENV)/.tools: $(STAMP)/system
 	@echo "setup: creating $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install 'scikit-build-core>=0.10' 'pybind11>=2.13'
+	@$(PIP) install 'scikit-build-core>=0.10' 'pybind11==3.1.0'
 	@touch $@
 
 # The dependencies come from pyproject.toml alone, and pip builds the module on the way.
