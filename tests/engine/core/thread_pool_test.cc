@@ -106,7 +106,7 @@ TEST(ThreadPool, ALoopEndsOnlyWhenTheSlowestWorkerHasFinished) {
       inside.fetch_add(1);
       while (inside.load() < 2) std::this_thread::yield();
       if (thread == 0) return;
-      volatile int work = 0;
+      [[maybe_unused]] volatile int work = 0;
       for (int i = 0; i < 1'000'000; ++i) work = i;
       done.store(true);
     });
