@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <ostream>
 #include <span>
 #include <string>
 #include <string_view>
@@ -97,6 +98,9 @@ struct BadHeader {
   const char* header;  // over 8 bytes of data
   const char* message;
 };
+
+// Names a case by its name, not by the bytes of its pointers.
+void PrintTo(const BadHeader& value, std::ostream* out) { *out << value.what; }
 
 class RefusedHeader : public ::testing::TestWithParam<BadHeader> {};
 

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <ostream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -207,6 +208,9 @@ struct Refusal {
   json value;
   const char* message;  // part of it
 };
+
+// Names a case by its name, not by the bytes of its pointers.
+void PrintTo(const Refusal& value, std::ostream* out) { *out << value.what; }
 
 class RefusedSpec : public ::testing::TestWithParam<Refusal> {};
 
