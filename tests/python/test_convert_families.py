@@ -187,13 +187,14 @@ def test_the_demo_model_converts_and_keeps_its_numbers(tmp_path: Path) -> None:
     """The exporter of the demo model against its own training-side modules."""
     from framequilt.demo.export import export
     from framequilt.demo.model import DemoConfig, DemoModel
+    from framequilt.demo.tokenizer import Prompts
 
     torch.manual_seed(0)
     model = DemoModel(DemoConfig(layers=2)).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.to(torch.bfloat16).float())
-    export(model, tmp_path / "source")
+    export(model, Prompts(), tmp_path / "source")
     report = convert(tmp_path / "source", tmp_path / "model", weights="bf16")
     assert report.config["visual"]["newline"] == "grid"
     forward = Forward(tmp_path / "model")
