@@ -39,7 +39,7 @@ Result<std::shared_ptr<Engine::Impl>> Engine::Impl::create(std::shared_ptr<const
 
   auto impl = std::shared_ptr<Impl>(new Impl());
   impl->options_ = options;
-  impl->model_ = model;
+  impl->model_ = std::move(model);
   impl->max_context_ = options.max_context > 0 ? std::min(options.max_context, spec.decoder.context)
                                                : spec.decoder.context;
   if (options.text) {
@@ -418,7 +418,7 @@ Status Engine::Impl::check_integrity_now() {
       }
     }
   });
-  FQ_RETURN_IF_ERROR(broken);
+  if (!broken) return broken;
   if (reserved != pool_->reserved()) {
     return Error{Code::kInternal,
                  "sequences hold " + std::to_string(reserved) +
