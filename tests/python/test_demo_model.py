@@ -140,6 +140,22 @@ def test_shared_video_prefix_equals_single_turn_prompts(prompts: Prompts) -> Non
             assert (alone - shared[0, j]).abs().max() < 1e-5
 
 
+def test_a_run_may_start_from_an_exported_checkpoint(tmp_path: Path, prompts: Prompts) -> None:
+    from framequilt.demo.train import begin_from
+
+    torch.manual_seed(5)
+    export(DemoModel(SMALL), prompts, tmp_path / "checkpoint", threshold=0.75)
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert config["framefusion_similarity_lower_bound"] == 0.75
+    (tmp_path / "run").mkdir()
+    begin_from(tmp_path / "checkpoint", tmp_path / "run")
+    stored, _ = load_checkpoint(tmp_path / "checkpoint")
+    work = LmRun(tmp_path / "run", stored.config)
+    assert work.step == 0
+    for name, weight in work.model.state_dict().items():
+        assert torch.equal(weight, stored.state_dict()[name]), name
+
+
 def test_runs_of_similar_rows_become_their_mean() -> None:
     rows = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.0, 3.0]]).view(1, 4, 1, 2)
     merged, starts = merge_runs(rows, 0.9)

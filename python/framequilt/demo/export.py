@@ -18,9 +18,16 @@ TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 MAX_BYTES = 16 * 2**20
 
 
-def hf_config(config: DemoConfig, prompts: Prompts) -> dict[str, Any]:
-    """config.json: Qwen2 keys, LLaVA keys and a nested SigLIP vision_config."""
+def hf_config(
+    config: DemoConfig, prompts: Prompts, threshold: float | None = None
+) -> dict[str, Any]:
+    """config.json: Qwen2 keys, LLaVA keys and a nested SigLIP vision_config.
+
+    `threshold` is FrameFusion's for this model (`evaluate` measures it); the converter records it.
+    """
+    fusion = {} if threshold is None else {"framefusion_similarity_lower_bound": threshold}
     return {
+        **fusion,
         "architectures": ["LlavaQwenForCausalLM"],
         "model_type": "llava_qwen",
         "hidden_size": config.width,
@@ -130,7 +137,7 @@ def own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def export(model: DemoModel, prompts: Prompts, folder: Path) -> int:
+def export(model: DemoModel, prompts: Prompts, folder: Path, threshold: float | None = None) -> int:
     """Writes every file of the checkpoint but the model card; returns the bytes of the weights."""
     from safetensors.torch import save_file
 
@@ -144,7 +151,7 @@ def export(model: DemoModel, prompts: Prompts, folder: Path) -> int:
     for name, text in tokenizer_files(prompts.tokenizer).items():
         (folder / name).write_text(text + "\n", encoding="utf-8")
     for name, value in (
-        ("config.json", hf_config(model.config, prompts)),
+        ("config.json", hf_config(model.config, prompts, threshold)),
         ("preprocessor_config.json", preprocessor_config(model.config)),
     ):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -189,13 +196,15 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--state", default="lm.pt", help="file in the run folder")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--threshold", type=float, help="FrameFusion's, as `evaluate` prints it")
     args = parser.parse_args()
     state = load_state(args.run / args.state)
     if state is None:
         raise SystemExit(f"export: no {args.state} in {args.run}")
     model = DemoModel(DemoConfig(**state["config"]))
     model.load_state_dict(state["model"])
-    print(f"{export(model, Prompts.of_run(args.run), args.out)} bytes of weights in {args.out}")
+    size = export(model, Prompts.of_run(args.run), args.out, args.threshold)
+    print(f"{size} bytes of weights in {args.out}")
 
 
 if __name__ == "__main__":
