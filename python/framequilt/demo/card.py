@@ -123,7 +123,28 @@ def verdict(result: dict[str, Any]) -> str:
     return out + "."
 
 
-def card(result: dict[str, Any], mp4: dict[str, Any] | None, run: dict[str, Any] | None) -> str:
+def engine_table(engine: dict[str, Any]) -> list[str]:
+    """Markdown of `engine_eval`'s figures: averages by weight and KV format and by cost."""
+    costs = list(next(iter(engine.values())))
+    n = sum(row["n"] for row in next(iter(engine.values()))[costs[0]]["kinds"].values())
+    lines = [
+        f"As the engine runs it (other held-out scenes, n = {n} in every cell, average over kinds):",
+        "",
+        "| weights/KV | " + " | ".join(map(cost_name, costs)) + " |",
+        "| --- |" + " --- |" * len(costs),
+    ]
+    for name, by_cost in engine.items():
+        cells = " | ".join(f"{100 * by_cost[c]['average_over_kinds']:.1f}" for c in costs)
+        lines.append(f"| {name} | {cells} |")
+    return [*lines, ""]
+
+
+def card(
+    result: dict[str, Any],
+    mp4: dict[str, Any] | None,
+    run: dict[str, Any] | None,
+    engine: dict[str, Any] | None = None,
+) -> str:
     """The whole text."""
     steps = f"{run['step']} steps, {run['seconds'] / 60:.0f} minutes" if run else "unknown time"
     first = result["first_seed"], result["last_seed"], result["frames"]
@@ -143,6 +164,8 @@ def card(result: dict[str, Any], mp4: dict[str, Any] | None, run: dict[str, Any]
             *accuracy_table(mp4),
             "",
         ]
+    if engine is not None:
+        lines += engine_table(engine)
     lines += [
         "## Limits",
         "",
@@ -163,6 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--eval", type=Path, required=True)
     parser.add_argument("--mp4", type=Path)
+    parser.add_argument("--engine", type=Path, help="JSON of `engine_eval`")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--state", default="lm.pt")
     parser.add_argument(
@@ -172,7 +196,8 @@ def main() -> None:
     result = json.loads(args.eval.read_text(encoding="utf-8"))
     mp4 = json.loads(args.mp4.read_text(encoding="utf-8")) if args.mp4 else None
     state = load_state(args.run / args.state) if args.run else None
-    args.out.write_text(card(result, mp4, state), encoding="utf-8")
+    engine = json.loads(args.engine.read_text(encoding="utf-8")) if args.engine else None
+    args.out.write_text(card(result, mp4, state, engine), encoding="utf-8")
 
 
 if __name__ == "__main__":
