@@ -128,7 +128,7 @@ def engine_table(engine: dict[str, Any]) -> list[str]:
     costs = list(next(iter(engine.values())))
     n = sum(row["n"] for row in next(iter(engine.values()))[costs[0]]["kinds"].values())
     lines = [
-        f"As the engine runs it (other held-out scenes, n = {n} in every cell, average over kinds):",
+        f"As the engine runs it (other held-out scenes, n = {n} a cell, average over kinds):",
         "",
         "| weights/KV | " + " | ".join(map(cost_name, costs)) + " |",
         "| --- |" + " --- |" * len(costs),
