@@ -60,11 +60,12 @@ a digit in one frame. No recorded footage, no downloaded weights or texts. Seeds
 `python -m framequilt.demo.train --resume RUN_DIR`, one thread of a shared two-core machine (AMD
 EPYC, AVX-512). First tower and projector learn dense labels of single frames (colour, shape,
 digit, contact, place; 2,750 steps, about 200,000 frames, 30 minutes), then the language model
-learns to answer on 1 to 32 frames ({steps}); the tower is fixed for most of that
-time and trained slowly along at the end. Dense auxiliary labels at two middle layers (where a
-shape began, which way it goes, whom it touches, frame index) help and are dropped afterwards. In
-part of the batches similar neighbours of a slot are averaged and survivors are thinned at random,
-rotary positions kept: the model has been trained to bear reduction. Once, by hand, the component
+learns to answer on 1 to 32 frames ({steps} of optimizer time, learning rate
+1.5e-3 to 1.2e-4), the tower fixed for the first 3,660 steps and trained slowly along afterwards.
+Dense auxiliary labels at two middle layers (where a shape began, which way it goes, whom it
+touches, frame index) help and are dropped afterwards. In part of the batches similar neighbours
+of a slot are averaged and survivors are thinned at random, rotary positions kept: the model has
+been trained to bear reduction. Once, by hand, the component
 of the projector's output that tells left from right was amplified, because the language model did
 not pick it up.
 
@@ -173,7 +174,10 @@ def card(
         "  videos of this generator; anything else gives a word of its small vocabulary.",
         "- Prompts carry no time instruction (`add_time_instruction` is false) and one video each.",
         "- More than 32 frames, other frame sizes and several turns were not trained.",
-        "- At chance level or near it where the table says so: compare with the number of answers.",
+        "- `same`: asked which shape stays in place the model is right in 34 of 37 videos, asked",
+        "  whether the scene stays the same in 60 of 113, which is chance: the tower learned to",
+        "  ignore backgrounds, and only the last steps of the training could change that.",
+        "- Compare accuracies with the number of possible answers: guessing one of 2 gives 50%.",
         "",
     ]
     return "\n".join(lines)
