@@ -65,9 +65,8 @@ learns to answer on 1 to 32 frames ({steps} of optimizer time, learning rate
 Dense auxiliary labels at two middle layers (where a shape began, which way it goes, whom it
 touches, frame index) help and are dropped afterwards. In part of the batches similar neighbours
 of a slot are averaged and survivors are thinned at random, rotary positions kept: the model has
-been trained to bear reduction. Once, by hand, the component
-of the projector's output that tells left from right was amplified, because the language model did
-not pick it up.
+been trained to bear reduction. Once, by hand, the component of the projector's output that tells
+left from right was amplified, because the language model did not pick it up.
 
 ## Accuracy on unseen videos of {frames} frames
 
