@@ -52,8 +52,9 @@ show and test the engine; it knows nothing but its own world.
 Videos drawn by `framequilt.demo.scenes`: one to four coloured shapes (6 colours, 4 shapes, a
 light rim) that rest, move, meet, bounce or appear later, over static or scrolling textured
 backgrounds, with cuts, camera shake, noise, blur, brightness flicker and grey dots that are not
-shapes; a white sign with a digit in one frame. No recorded footage, no downloaded weights or texts. Seeds below
-1,000,000,000 are never trained on; the numbers here come from seeds {first} to {last}.
+shapes; a white sign with a digit in one frame. No recorded footage, no downloaded weights or
+texts. Seeds below 1,000,000,000 are never trained on; the numbers here come from seeds {first}
+to {last}.
 
 ## Training
 
