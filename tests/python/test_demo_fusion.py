@@ -12,11 +12,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
+from framequilt.demo.fused import Fused, fused_forward  # noqa: E402
 from framequilt.demo.fusion import (  # noqa: E402
+    TEXT,
     BudgetExhausted,
     Params,
     State,
     budget_bound,
+    decode_step,
     last_query_importance,
     prefill,
 )
@@ -91,3 +94,92 @@ def test_the_mean_share_of_visual_rows_meets_the_budget() -> None:
 def test_budget_of_nothing_merged_is_the_whole_cost() -> None:
     assert budget_bound([], 0.3, 28) == pytest.approx(0.7)
     assert budget_bound([0.0], 0.3, 10) == pytest.approx(1 - 2 / 9)
+
+
+class Questions:
+    """A random model and video, three questions of different length with their answers."""
+
+    frames, per_frame, ends, answers = 12, 20, (6, 8, 4), (2, 1, 3)
+
+    def __init__(self, layers: int = 5) -> None:
+        torch.manual_seed(2)
+        self.config = DemoConfig(layers=layers)
+        self.lm = DemoModel(self.config).language.eval()
+        still = torch.randn(1, self.per_frame, self.config.width)
+        noise = torch.linspace(0.05, 1.2, self.per_frame)[None, :, None]  # some slots move more
+        change = torch.randn(self.frames, self.per_frame, self.config.width)
+        self.visual = still + noise * change
+        self.head = torch.arange(5)
+        self.tokens = torch.randint(0, 500, (3, 12))
+
+    def together(self, params: Params, visual: torch.Tensor | None = None) -> Fused:
+        rows = self.visual if visual is None else visual
+        ends = torch.tensor(self.ends)
+        return fused_forward(self.lm, self.head, rows, self.tokens, ends, params, (2, 4))
+
+    def alone(self, question: int, params: Params) -> tuple[list[torch.Tensor], State]:
+        """Logits of the question's last prompt token and of every answer token after it."""
+        end = self.ends[question] + 1
+        embed = self.lm.embed_tokens.weight
+        asked = embed[self.tokens[question, :end]]
+        x = torch.cat([embed[self.head], self.visual.flatten(0, 1), asked])
+        slots = torch.full((x.shape[0],), TEXT)
+        slots[5 : 5 + self.frames * self.per_frame] = torch.arange(self.per_frame).repeat(12)
+        done = prefill(self.lm, x, slots, params)
+        logits = [done.logits]
+        for i in range(self.answers[question]):
+            logits.append(decode_step(self.lm, done, int(self.tokens[question, end + i])))
+        assert done.state is not None
+        return logits, done.state
+
+
+@pytest.mark.parametrize(
+    ("cost", "threshold", "branches"),
+    [
+        (0.3, 0.6, "merge_continue+merge_continue+merge_continue+merge_and_stop+prune"),
+        (0.3, 0.99, "merge_and_stop+prune"),
+        (0.6, 0.3, "budget_topk"),
+        (1.0, 0.6, "budget_topk"),
+    ],
+)
+def test_training_reduces_every_question_as_inference_does(
+    cost: float, threshold: float, branches: str
+) -> None:
+    sample = Questions()
+    params = Params(cost, threshold, 0.1, 5)
+    with torch.no_grad():
+        done = sample.together(params)
+        assert "+".join(done.state.branches) == branches
+        for j, end in enumerate(sample.ends):
+            wanted, state = sample.alone(j, params)
+            assert [b for b in state.branches if b != "noop"] == done.state.branches
+            assert [n - end - 1 for n in state.lengths] == done.state.lengths
+            for i, logits in enumerate(wanted):
+                # Logits reach about 0.1 and sum 128 products in another order: 1e-5 is 100 eps.
+                assert (logits - done.logits[j, end + i]).abs().max() < 1e-5
+
+
+def test_the_rows_of_a_question_are_named_by_their_place_in_the_video() -> None:
+    sample = Questions()
+    with torch.no_grad():
+        done = sample.together(Params(0.3, 0.6, 0.1, 5))
+    assert done.scores is not None and done.candidates is not None and done.cut is not None
+    keep = done.index[-1].shape[1]
+    for j in range(3):
+        chosen = done.candidates[done.scores[j] >= done.cut[j]]
+        assert chosen.numel() == keep
+        assert chosen.tolist() == done.index[-1][j].tolist()
+    assert done.middle[-1].shape == (3, keep, sample.config.width)
+
+
+def test_gradients_reach_the_rows_that_survive_and_those_averaged_into_them() -> None:
+    sample = Questions()
+    visual = sample.visual.clone().requires_grad_()
+    done = sample.together(Params(0.3, 0.6, 0.1, 5), visual)
+    done.logits.sum().backward()
+    assert visual.grad is not None
+    touched = visual.grad.flatten(0, 1).norm(dim=1) > 0
+    alive = torch.zeros(240, dtype=torch.bool)
+    alive[done.index[-1].flatten()] = True
+    assert bool((touched >= alive).all())
+    assert int(touched.sum()) > int(alive.sum())

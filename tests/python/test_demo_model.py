@@ -168,12 +168,14 @@ def test_runs_of_similar_rows_become_their_mean() -> None:
 def test_two_and_two_steps_equal_four(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    plan = json.dumps({"mix": {"1": 0.5, "4": 0.5}, "merge": 0.5, "drop": 0.5})
+    mix = {"1": 0.2, "4": 0.3, "8": 0.5}
+    plan = json.dumps({"mix": mix, "merge": 0.5, "drop": 0.5, "fused": 0.5, "rank": 0.1})
     for name in "ab":
         (tmp_path / name / "control.json").write_text(plan)
 
     def steps(folder: str, count: int) -> LmRun:
-        run = LmRun(tmp_path / folder, SMALL, scale=0.1)
+        run = LmRun(tmp_path / folder, SMALL, scale=0.13)
+        run.threshold = 0.95
         for _ in range(count):
             run.update(run.make(run.step))
         run.save()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from framequilt.demo.lm_data import LM_SEED_BASE
+from framequilt.demo.lm_data import LM_SEED_BASE, things
 from framequilt.demo.questions import NUMBERS, TEMPLATES, quarter
+from framequilt.demo.render import render_with_mask
 from framequilt.demo.scenes import HELD_OUT_END, KINDS, Scene, make_scene, make_world
 from framequilt.demo.tower_train import TRAIN_SEED_BASE
 from framequilt.demo.world import COLOUR_RGB, COLOURS, SHAPES
@@ -183,3 +184,21 @@ def test_shape_names_are_the_shapes_drawn() -> None:
     fill = {shape: float(np.median(values)) for shape, values in ratios.items()}
     assert fill["square"] > fill["circle"] > fill["triangle"]
     assert fill["circle"] > fill["cross"]
+
+
+def test_cells_with_something_in_them_are_those_whose_pixels_differ_from_the_background() -> None:
+    agree = total = 0
+    for seed in range(20):
+        world = make_world(seed, 8)[0]
+        picture, mask = render_with_mask(world, SIZE)
+        found = things(world, mask, 4)
+        for actor in world.actors:
+            actor.appears = 2.0  # never; everything else is drawn the same
+        world.plates.clear()
+        empty = render_with_mask(world, SIZE)[0]
+        differs = np.abs(picture.astype(int) - empty.astype(int)).max(-1) > 25
+        share = differs.reshape(8, 4, SIZE // 4, 4, SIZE // 4).mean((2, 4))
+        sure = (share > 0.2) | (share < 0.02)
+        agree += int(((share > 0.1) == (found > 0))[sure].sum())
+        total += int(sure.sum())
+    assert agree / total > 0.97

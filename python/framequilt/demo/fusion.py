@@ -142,11 +142,15 @@ class State:
             self.branches.append("budget_topk")
         return merge_groups(x, previous, merged), (~merged).nonzero()[:, 0]
 
-    def _prune(self, importance: Tensor, rows: int) -> Tensor:
+    def prune_range(self, rows: int) -> tuple[int, int, int]:
+        """Of `rows` rows: the first that may go, how many may, and how many of those stay."""
         p = self.params
-        begin = self.visual_start
         count = self.visual_rows - (self.prompt_rows - rows)
         keep = round(count * (1.0 - budget_bound(self.shares, p.cost, p.budget_layers)))
+        return self.visual_start, count, keep
+
+    def _prune(self, importance: Tensor, rows: int) -> Tensor:
+        begin, count, keep = self.prune_range(rows)
         scores = importance[begin : begin + count]
         best = torch.argsort(scores, descending=True, stable=True)[:keep]
         mask = torch.ones(rows, dtype=torch.bool)

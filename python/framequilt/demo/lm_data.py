@@ -12,9 +12,16 @@ import numpy.typing as npt
 from framequilt.demo.labels import IGNORE
 from framequilt.demo.model import DemoConfig
 from framequilt.demo.questions import KINDS, QA, all_questions, pick
-from framequilt.demo.render import render, shake_offsets
+from framequilt.demo.render import render_with_mask, shake_offsets
 from framequilt.demo.tokenizer import Prompts
-from framequilt.demo.world import CANVAS, STILL, World, sample_world
+from framequilt.demo.world import (
+    CANVAS,
+    PLATE_HEIGHT,
+    PLATE_WIDTH,
+    STILL,
+    World,
+    sample_world,
+)
 
 Ints = npt.NDArray[np.int64]
 
@@ -31,6 +38,9 @@ class Plan:
     mix: dict[str, float] = field(default_factory=lambda: {"1": 0.5, "4": 0.5})
     merge: float = 0.0  # share of batches with merged visual tokens
     drop: float = 0.0  # share of those whose survivors are thinned at random
+    fused: float = 0.0  # share of batches under FrameFusion itself, drawn before `merge`
+    fused_questions: int = 8  # questions per video in those
+    rank: float = 0.0  # weight of the loss that teaches the pruning layer where things are
     aux: float = 0.5  # weight of the dense auxiliary loss
     vision_lr: float = 0.0  # 0 keeps the projector fixed
     train_tower: bool = False  # else the tower is fixed even when the projector is not
@@ -58,6 +68,7 @@ class VideoBatch:
     motion: Ints  # [B, F, C, C] direction or STILL of the shape centred here, IGNORE elsewhere
     partner: Ints  # [B, F, C, C] colour that the shape centred here touches now
     origin: Ints  # [B, F, C, C] cell (row * C + column) where the shape centred here began
+    thing: Ints  # [B, F, C, C] 1 where a shape or the sign covers part of the cell
     plan: Plan
 
 
@@ -93,6 +104,24 @@ def auxiliary_labels(world: World, cells: int) -> tuple[Ints, Ints, Ints]:
     return motion, partner, origin
 
 
+def things(world: World, mask: npt.NDArray[np.float32], cells: int) -> Ints:
+    """1 where shapes (`mask` [F, size, size]) or the sign cover a tenth of a cell, [F, C, C]."""
+    frames, size = mask.shape[:2]
+    step = size // cells
+    share = mask.reshape(frames, cells, step, cells, step).mean((2, 4))
+    out: Ints = (share > 0.1).astype(np.int64)
+    edges = np.arange(cells) * (CANVAS / cells)
+    for plate in world.plates:
+        x, y = np.array([plate.x, plate.y]) + shake_offsets(world)[plate.frame]
+        across, down = (
+            np.minimum(edges + CANVAS / cells, at + length / 2) - np.maximum(edges, at - length / 2)
+            for at, length in ((x, PLATE_WIDTH), (y, PLATE_HEIGHT))
+        )
+        area = np.maximum(down, 0.0)[:, None] * np.maximum(across, 0.0)
+        out[plate.frame] |= area > 0.1 * (CANVAS / cells) ** 2
+    return out
+
+
 def encode(prompts: Prompts, rows: list[list[QA]]) -> tuple[Ints, Ints, Ints]:
     """tokens, targets and kinds of a batch of question lists."""
     wide = max(len(r) for r in rows)
@@ -120,7 +149,7 @@ def video_batch(
     frames = int(names[int(rng.choice(len(names), p=share / share.sum()))])
     videos, wide = SHAPES_OF_BATCH[frames]
     videos = max(1, int(videos * scale))
-    pictures, questions, motion, partner, origin = [], [], [], [], []
+    pictures, questions, motion, partner, origin, thing = [], [], [], [], [], []
     for k in range(videos):
         seed = LM_SEED_BASE + index * 64 + k
         world_rng = np.random.default_rng(seed)
@@ -128,7 +157,9 @@ def video_batch(
         known = all_questions(world, world_rng)
         left = [q for q in known if world_rng.random() >= plan.skip.get(q.kind, 0.0)]
         asked = pick(left or known, world_rng, plan.each, wide)
-        pictures.append(render(world, config.image_size))
+        picture, mask = render_with_mask(world, config.image_size)
+        pictures.append(picture)
+        thing.append(things(world, mask, config.cells))
         questions.append(asked)
         labels = auxiliary_labels(world, config.cells)
         motion.append(labels[0])
@@ -143,5 +174,6 @@ def video_batch(
         np.stack(motion),
         np.stack(partner),
         np.stack(origin),
+        np.stack(thing),
         plan,
     )

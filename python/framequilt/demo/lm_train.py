@@ -6,14 +6,19 @@ and to itself only, at the positions it would have alone, so training equals sin
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from framequilt.demo.fused import fused_forward
+from framequilt.demo.fusion import Params
 from framequilt.demo.labels import IGNORE
 from framequilt.demo.lm_data import LATE, Plan, VideoBatch, video_batch
 from framequilt.demo.merging import compact, frame_cosines, merge_runs, thin
@@ -24,6 +29,12 @@ from framequilt.demo.tokenizer import Prompts
 from framequilt.demo.world import COLOURS, STILL
 
 AUX_LAYERS = (5, 8)  # layers before the auxiliary heads read the visual rows: places, motion
+AUX_WEIGHTS = {"loss_motion": 1.0, "loss_partner": 0.4, "loss_late": 0.1, "loss_origin": 1.0}
+COSTS = (0.25, 0.42)  # of FrameFusion in training, drawn evenly
+RATIO_LOWER_BOUND = 0.1
+FUSED_FRAMES = 8  # from this many frames on a batch may go through FrameFusion
+LONGEST = 32  # frames of the videos whose median cosines make the threshold
+MEDIAN_RATE = 0.03  # of the running mean, per batch
 
 
 class AuxiliaryHeads(nn.Module):
@@ -130,16 +141,136 @@ def spread(labels: Tensor) -> Tensor:
     return F.pad(labels, (0, 1), value=IGNORE).flatten(1)
 
 
+def auxiliary_losses(
+    heads: AuxiliaryHeads, batch: VideoBatch, early: Tensor, later: Tensor, index: Tensor
+) -> dict[str, Tensor]:
+    """Weighted losses and hit rates of the auxiliary heads.
+
+    early, later [b, n, width] visual rows at two depths, index [b, n] which row of its video each
+    one is, negative for padding.
+    """
+    places = batch.motion.shape[-1] * (batch.motion.shape[-1] + 1)
+    valid = index >= 0
+    picked = index.clamp_min(0)
+
+    def at_rows(labels: npt.NDArray[np.int64]) -> Tensor:
+        found = spread(torch.from_numpy(labels)).gather(1, picked)
+        return torch.where(valid, found, torch.full_like(found, IGNORE))
+
+    late = (picked // places).clamp_max(LATE - 1)
+    late = torch.where(valid, late, torch.full_like(late, IGNORE))
+    extra = heads(
+        early, later, at_rows(batch.motion), at_rows(batch.partner), late, at_rows(batch.origin)
+    )
+    aux = batch.plan.aux
+    return {k: v * aux * AUX_WEIGHTS[k] if k in AUX_WEIGHTS else v for k, v in extra.items()}
+
+
+def answer_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of the answers, and which are right: [..., T, vocab], [..., T]."""
+    known = targets != IGNORE
+    loss = F.cross_entropy(logits[known], targets[known], reduction="sum")
+    with torch.no_grad():
+        right = ((logits.argmax(-1) == targets) | ~known).all(-1) & known.any(-1)
+    return loss, right
+
+
 def losses(
     model: DemoModel,
     heads: AuxiliaryHeads,
     prompts: Prompts,
     batch: VideoBatch,
     generator: torch.Generator,
+    threshold: float | None = None,
 ) -> dict[str, Tensor]:
-    """All losses and statistics of one batch."""
+    """All losses and statistics of one batch; `threshold` is FrameFusion's by the paper's rule."""
     plan = batch.plan
     visual = visual_rows(model, batch, plan.vision_lr > 0)
+    out: dict[str, Tensor] = {}
+    if visual.shape[1] > 1:
+        out["median"] = frame_cosines(visual.detach()).flatten(1).median(1).values.mean()
+    if (
+        threshold is not None
+        and visual.shape[1] >= FUSED_FRAMES
+        and float(torch.rand((), generator=generator)) < plan.fused
+    ):
+        return out | fused_losses(model, heads, prompts, batch, visual, threshold, generator)
+    return out | plain_losses(model, heads, prompts, batch, visual, generator)
+
+
+def fused_losses(
+    model: DemoModel,
+    heads: AuxiliaryHeads,
+    prompts: Prompts,
+    batch: VideoBatch,
+    visual: Tensor,
+    threshold: float,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """`losses` under FrameFusion with a cost and a threshold drawn for every video."""
+    plan, layers = batch.plan, len(model.language.layers)
+    ask = tuple(min(a, layers - 1) for a in AUX_LAYERS)
+    head = torch.tensor(prompts.prefix)
+    tokens = torch.from_numpy(batch.tokens)[:, : plan.fused_questions]
+    targets = torch.from_numpy(batch.targets)[:, : plan.fused_questions]
+    asked = torch.from_numpy(batch.kinds)[:, : plan.fused_questions] >= 0
+    things = F.pad(torch.from_numpy(batch.thing), (0, 1)).flatten(1).float()
+    right = torch.zeros_like(asked)
+    answers, ranks, lengths = [], [], []
+    early, later, index = [], [], []
+    for k in range(visual.shape[0]):
+        cost, looser = torch.rand(2, generator=generator).tolist()
+        params = Params(
+            COSTS[0] + (COSTS[1] - COSTS[0]) * cost,
+            1.0 - (1.0 - threshold) * math.exp(looser - 0.5),
+            RATIO_LOWER_BOUND,
+            layers,
+        )
+        own, wanted = tokens[k, asked[k]], targets[k, asked[k]]
+        ends = (wanted != IGNORE).int().argmax(1)
+        done = fused_forward(model.language, head, visual[k], own, ends, params, ask)
+        loss, hits = answer_losses(done.logits, wanted)
+        answers.append(loss)
+        right[k, asked[k]] = hits
+        lengths.append(sum(done.state.lengths[:-1]) / layers)
+        if done.scores is not None and done.candidates is not None and done.cut is not None:
+            above = done.scores - done.cut[:, None]
+            want = things[k, done.candidates].expand_as(above)
+            ranks.append(F.binary_cross_entropy_with_logits(above, want))
+        if plan.aux > 0:
+            early.append(done.middle[0].flatten(0, 1))
+            later.append(done.middle[-1].flatten(0, 1))
+            same = done.index[0].shape == done.index[-1].shape  # else merging went on in between
+            own_index = done.index[-1].flatten()
+            index.append(own_index if same else torch.full_like(own_index, -1))
+    out = {"loss_answer_fused": torch.stack(answers).sum() / asked.sum()}
+    if ranks and plan.rank > 0:
+        out["loss_rank"] = plan.rank * torch.stack(ranks).mean()
+    if plan.aux > 0:
+        pad = nn.utils.rnn.pad_sequence
+        out |= auxiliary_losses(
+            heads,
+            batch,
+            pad(early, batch_first=True),
+            pad(later, batch_first=True),
+            pad(index, batch_first=True, padding_value=-1),
+        )
+    out["right"] = F.pad(right, (0, batch.kinds.shape[1] - right.shape[1]))
+    out["mode"] = torch.tensor(2)
+    out["rows_fused"] = torch.tensor(sum(lengths) / len(lengths))
+    return out
+
+
+def plain_losses(
+    model: DemoModel,
+    heads: AuxiliaryHeads,
+    prompts: Prompts,
+    batch: VideoBatch,
+    visual: Tensor,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """`losses` without reduction, or with merging and random thinning before the first layer."""
+    plan = batch.plan
     b, f, p, d = visual.shape
     merged = f > 1 and float(torch.rand((), generator=generator)) < plan.merge
     if merged:
@@ -162,52 +293,28 @@ def losses(
     known = torch.cat([torch.ones(b, h, dtype=torch.bool), valid], 1)
     tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
     logits, middle = shared_forward(model, prefix, positions, known, tokens, h + f * p)
-    flat = F.cross_entropy(
-        logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORE, reduction="none"
-    ).view(targets.shape)
-    asked = torch.from_numpy(batch.kinds) >= 0
-    out = {"loss_answer": flat.sum() / asked.sum()}
+    loss, right = answer_losses(logits, targets)
+    out = {"loss_answer": loss / (torch.from_numpy(batch.kinds) >= 0).sum(), "right": right}
     if plan.aux > 0:
-
-        def at_rows(labels: Tensor) -> Tensor:
-            picked = labels.gather(1, index)
-            return torch.where(valid, picked, torch.full_like(picked, IGNORE))
-
-        late = (torch.arange(f * p) // p).clamp_max(LATE - 1).expand(b, f * p)
-        extra = heads(
-            middle[0][:, h:],
-            middle[-1][:, h:],
-            at_rows(spread(torch.from_numpy(batch.motion))),
-            at_rows(spread(torch.from_numpy(batch.partner))),
-            at_rows(late),
-            at_rows(spread(torch.from_numpy(batch.origin))),
-        )
-        weights = {
-            "loss_motion": 1.0,
-            "loss_partner": 0.4,
-            "loss_late": 0.1,
-            "loss_origin": 1.0,
-        }
-        for name, value in extra.items():
-            out[name] = value * plan.aux * weights.get(name, 1.0 / plan.aux)
-    with torch.no_grad():
-        right = (logits.argmax(-1) == targets) | (targets == IGNORE)
-        out["right"] = right.all(-1) & asked
-        out["merged"] = torch.tensor(float(merged))
-        out["rows"] = torch.tensor(float(known.sum() / b))
+        own = torch.where(valid, index, torch.full_like(index, -1))
+        out |= auxiliary_losses(heads, batch, middle[0][:, h:], middle[-1][:, h:], own)
+    out["mode"] = torch.tensor(int(merged))
+    out["rows"] = torch.tensor(float(known.sum() / b))
     return out
 
 
 class Tally:
-    """Running answer accuracy by frame count, merging and kind since the last report."""
+    """Running answer accuracy by frame count, reduction and kind since the last report."""
 
     def __init__(self) -> None:
         self.hits: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
 
-    def add(self, batch: VideoBatch, right: Tensor, merged: bool) -> None:
-        """Counts one batch."""
-        group = f"{batch.frames.shape[1]}{'m' if merged else ''}"
-        for kind, hit in zip(batch.kinds.ravel().tolist(), right.flatten().tolist(), strict=True):
+    def add(self, batch: VideoBatch, right: Tensor, mode: int) -> None:
+        """Counts one batch; mode 0 plain, 1 merged and thinned, 2 under FrameFusion."""
+        group = f"{batch.frames.shape[1]}{('', 'm', 'f')[mode]}"
+        asked = batch.plan.fused_questions if mode == 2 else batch.kinds.shape[1]
+        kinds, hits = batch.kinds[:, :asked].ravel().tolist(), right[:, :asked].flatten().tolist()
+        for kind, hit in zip(kinds, hits, strict=True):
             if kind >= 0:
                 cell = self.hits[group, KINDS[kind]]
                 cell[0] += int(hit)
@@ -244,6 +351,7 @@ class LmRun:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
         self.language, self.vision = language, vision
         self.step, self.seconds, self.tower_time = 0, 0.0, 0.0
+        self.threshold: float | None = None  # running mean of the videos' median cosines
         state = load_state(run / "lm.pt")
         if state is None:
             tower = load_state(run / "tower.pt")
@@ -256,6 +364,7 @@ class LmRun:
                 self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.threshold = state.get("threshold")
 
     def save(self, name: str = "lm.pt") -> None:
         """Writes the whole state atomically."""
@@ -267,6 +376,7 @@ class LmRun:
             "config": self.config.to_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "threshold": self.threshold,
         }
         save_atomic(self.run / name, state)
 
@@ -292,7 +402,11 @@ class LmRun:
         first, second, third = self.optimizer.param_groups
         first["lr"] = second["lr"] = batch.plan.lr * warm
         third["lr"] = batch.plan.vision_lr * warm
-        out = losses(self.model, self.heads, self.prompts, batch, self.generator)
+        out = losses(self.model, self.heads, self.prompts, batch, self.generator, self.threshold)
+        if batch.frames.shape[1] == LONGEST:
+            median = float(out["median"])
+            old = median if self.threshold is None else self.threshold
+            self.threshold = old + MEDIAN_RATE * (median - old)
         loss = torch.stack([v for k, v in out.items() if k.startswith("loss")]).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -315,7 +429,7 @@ def train_lm(run: Path, config: DemoConfig, steps: int, report: int = 100) -> No
         began = time.monotonic()
         out = work.update(batch)
         work.seconds += time.monotonic() - began
-        tally.add(batch, out.pop("right"), bool(out.pop("merged")))
+        tally.add(batch, out.pop("right"), int(out.pop("mode")))
         for name, value in out.items():
             sums[name].append(value.item())
         if work.step % 50 == 0 and batch.plan.follow_tower:
