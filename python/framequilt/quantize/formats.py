@@ -1,34 +1,36 @@
-"""Number formats of weights, their names, and which linear of a model gets which.
+"""Number formats of weights and activations, and their names (engine/CONTRACT.md, 1.1 and 1.4).
 
-A format name is `f32`, `bf16`, or `w<bits><group>` with bits 4 or 8 and group `g32`, `g64`, `g128`
-or
-`row` (one group per output row); nothing means `g128`. Suffixes: `-sym` (symmetric codes) and
-`-f32scale` (float32 instead of float16 scales). So `w4` = `w4g128`, `w8row-sym` is the classic
-per-channel int8.
+A weight format is `f32`, `bf16`, or `w<bits><group>`: bits 2, 3, 4, 5, 6 or 8 and a group `g16`,
+`g32`, `g64`, `g128` or `row` (one group per output row); nothing means `g128`. Suffixes: `-sym`
+(symmetric codes) or `-offset` (a float offset per group instead of an integer zero), and
+`-f32scale` (float32 instead of float16 scales and offsets). So `w4` = `w4g128`, and `w8row-sym` is
+the classic per-channel int8.
 
-A scheme is what a conversion is asked for: one format name. The decoder's linears get exactly it.
-With a 4-bit scheme the embedding, the head and everything visual keep 8 bits with the same group:
-they are a small part of the work of a large model, and the first to lose quality. `overrides` of
-`parse_scheme` change any slot.
+An activation format is `a16` (float32 inputs, despite its name), `a8`, `a4` (symmetric per token),
+`a8-asym` or `a4-asym`.
+
+Pure data: no memory, any thread.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from framequilt.errors import CorruptModel, InvalidArgument
 
 TILE_ROWS = 8  # output rows interleaved in one tile
 ROW_PADDING = 16  # output rows are padded to a multiple of this
-INPUT_PADDING = 32  # codes are padded to a multiple of this along the input
+INPUT_PADDING = 32  # inputs of a superblock: codes are padded to a multiple of this
 
-GROUPS = (0, 32, 64, 128)
-_NAME = re.compile(r"w([48])(row|g32|g64|g128)?(-sym)?(-f32scale)?")
-_NAMES = "f32, bf16, w8 or w4, then g32, g64, g128 or row, then -sym, -f32scale (such as w4g128)"
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (0, 16, 32, 64, 128)
+_NAME = re.compile(r"w([234568])(row|g16|g32|g64|g128)?(-sym|-offset)?(-f32scale)?")
+_NAMES = (
+    "f32, bf16, or w2, w3, w4, w5, w6, w8, then g16, g32, g64, g128 or row, then -sym or -offset, "
+    "then -f32scale (such as w4g128)"
+)
 
 DType = Literal["F32", "F16", "BF16", "U8"]
 DTYPE_BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
@@ -60,14 +62,15 @@ class TensorInfo:
 class WeightFormat:
     """Number format of one linear's weights; `group` 0 is one group per output row.
 
-    `bits`, `group`, `symmetric` and `scale` mean something for kind "affine" only.
+    `bits`, `group`, `symmetric`, `scale` and `offset` mean something for kind "affine" only.
     """
 
     kind: Literal["f32", "bf16", "affine"]
     bits: int = 0
     group: int = 0
     symmetric: bool = False
-    scale: Literal["f16", "f32"] = "f16"
+    scale: Literal["f16", "f32"] = "f16"  # type of scales and offsets
+    offset: bool = False  # a float offset per group; never with symmetric
 
     @property
     def name(self) -> str:
@@ -75,9 +78,18 @@ class WeightFormat:
         if self.kind != "affine":
             return self.kind
         text = f"w{self.bits}" + (f"g{self.group}" if self.group else "row")
-        return (
-            text + ("-sym" if self.symmetric else "") + ("-f32scale" if self.scale == "f32" else "")
-        )
+        text += "-sym" if self.symmetric else "-offset" if self.offset else ""
+        return text + ("-f32scale" if self.scale == "f32" else "")
+
+    @property
+    def table_dtype(self) -> Literal["F16", "F32"]:
+        """Stored type of scales and offsets."""
+        return "F16" if self.scale == "f16" else "F32"
+
+    @property
+    def neutral(self) -> int:
+        """The code of rows and inputs that are padding, where the group's zero does not say it."""
+        return 2 ** (self.bits - 1) if self.symmetric else 0
 
     def groups(self, inputs: int) -> int:
         """Groups of one output row; the last is shorter when the group does not divide."""
@@ -87,27 +99,35 @@ class WeightFormat:
         """The value of `format` in config.json."""
         if self.kind != "affine":
             return {"kind": self.kind}
-        return {
+        result: dict[str, Any] = {
             "kind": "affine",
             "bits": self.bits,
             "group": self.group,
             "symmetric": self.symmetric,
             "scale": self.scale,
         }
+        if self.offset:
+            result["offset"] = True
+        return result
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> WeightFormat:
         """Reads what `to_json` writes. Errors: CorruptModel, which names `where`."""
-        known = [cls("f32"), cls("bf16")] + [
-            cls("affine", bits, group, symmetric, scale)
-            for bits in (4, 8)
-            for group in GROUPS
-            for symmetric in (False, True)
-            for scale in ("f16", "f32")
-        ]
-        for candidate in known:
-            if candidate.to_json() == value:
-                return candidate
+        if isinstance(value, dict):
+            plain = {key: entry for key, entry in value.items() if key != "offset"}
+            offset = value.get("offset", False)
+            for candidate in _known_formats():
+                same = candidate.to_json()
+                same.pop("offset", None)
+                # 4 == 4.0 and 1 == True: the types have to agree as well.
+                types = {key: type(entry) for key, entry in plain.items()}
+                if (
+                    candidate.offset is offset
+                    and (candidate.kind == "affine" or "offset" not in value)
+                    and same == plain
+                    and types == {key: type(entry) for key, entry in same.items()}
+                ):
+                    return candidate
         raise CorruptModel(f"{where}: {value!r} is no weight format")
 
     def tensors(self, slot: str, out: int, inputs: int) -> list[TensorInfo]:
@@ -118,20 +138,31 @@ class WeightFormat:
         if self.kind == "bf16":
             shape = (tiles, -(-inputs // 2), TILE_ROWS, 2)
             return [TensorInfo(f"{slot}.weight", "BF16", shape)]
-        per_block = 32 // self.bits
-        blocks = round_up(inputs, INPUT_PADDING) // per_block
+        blocks = -(-inputs // INPUT_PADDING) * self.bits
         table = (tiles, self.groups(inputs), TILE_ROWS)
         result = [
             TensorInfo(f"{slot}.codes", "U8", (tiles, blocks, TILE_ROWS, 4)),
-            TensorInfo(f"{slot}.scales", "F16" if self.scale == "f16" else "F32", table),
+            TensorInfo(f"{slot}.scales", self.table_dtype, table),
         ]
-        if not self.symmetric:
+        if self.offset:
+            result.append(TensorInfo(f"{slot}.offsets", self.table_dtype, table))
+        elif not self.symmetric:
             result.append(TensorInfo(f"{slot}.zeros", "U8", table))
         return result
 
     def stored_bytes(self, out: int, inputs: int) -> int:
         """Bytes of all tensors of a weight [out, inputs], padding included."""
         return sum(tensor.bytes for tensor in self.tensors("", out, inputs))
+
+
+def _known_formats() -> list[WeightFormat]:
+    return [WeightFormat("f32"), WeightFormat("bf16")] + [
+        WeightFormat("affine", bits, group, symmetric, scale, offset)
+        for bits in BITS
+        for group in GROUPS
+        for symmetric, offset in ((False, False), (True, False), (False, True))
+        for scale in ("f16", "f32")
+    ]
 
 
 def parse_format(text: str) -> WeightFormat:
@@ -146,37 +177,53 @@ def parse_format(text: str) -> WeightFormat:
         "affine",
         bits=int(match[1]),
         group=int(match[2][1:]) if group is None else group,
-        symmetric=match[3] is not None,
+        symmetric=match[3] == "-sym",
         scale="f32" if match[4] else "f16",
+        offset=match[3] == "-offset",
     )
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """Formats of a whole model."""
+class ActivationFormat:
+    """How a linear's input rows are quantized before the product, each row on its own."""
 
-    name: str
-    decoder: WeightFormat
-    tables: WeightFormat  # embedding and head
-    visual: WeightFormat  # tower and projector
-    overrides: tuple[tuple[str, WeightFormat], ...] = ()
+    bits: Literal[4, 8]
+    symmetric: bool = True
 
-    def format_of(self, slot: str) -> WeightFormat:
-        """The format of one linear. The last override whose pattern matches wins."""
-        for pattern, chosen in reversed(self.overrides):
-            if fnmatchcase(slot, pattern):
-                return chosen
-        if slot in ("decoder.embedding", "decoder.head"):
-            return self.tables
-        return self.decoder if slot.startswith("decoder.") else self.visual
+    @property
+    def name(self) -> str:
+        """`a8`, `a4`, `a8-asym` or `a4-asym`."""
+        return f"a{self.bits}" + ("" if self.symmetric else "-asym")
+
+    def to_json(self) -> dict[str, Any]:
+        """The value of `activations` in config.json."""
+        return {"bits": self.bits, "symmetric": self.symmetric}
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> ActivationFormat:
+        """Reads what `to_json` writes. Errors: CorruptModel, which names `where`."""
+        if isinstance(value, dict) and type(value.get("bits")) is int:
+            for form in ACTIVATIONS.values():
+                if form is not None and form.to_json() == value:
+                    if type(value["symmetric"]) is bool:
+                        return form
+        raise CorruptModel(f"{where}: {value!r} is no activation format")
 
 
-def parse_scheme(text: str, overrides: Mapping[str, str] | None = None) -> Scheme:
-    """A scheme from a format name; `overrides` maps slot patterns ("vision.*") to format names.
+# Name -> format; None: float32 inputs.
+ACTIVATIONS: dict[str, ActivationFormat | None] = {
+    "a16": None,
+    "a8": ActivationFormat(8),
+    "a4": ActivationFormat(4),
+    "a8-asym": ActivationFormat(8, symmetric=False),
+    "a4-asym": ActivationFormat(4, symmetric=False),
+}
 
-    Errors: InvalidArgument.
-    """
-    main = parse_format(text)
-    side = replace(main, bits=8) if main.kind == "affine" else main
-    chosen = tuple((pattern, parse_format(name)) for pattern, name in (overrides or {}).items())
-    return Scheme(main.name, decoder=main, tables=side, visual=side, overrides=chosen)
+
+def parse_activations(text: str) -> ActivationFormat | None:
+    """An activation format from its name, None for float32. Errors: InvalidArgument."""
+    if text not in ACTIVATIONS:
+        raise InvalidArgument(
+            f"{text!r} is no activation format", f"known: {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[text]

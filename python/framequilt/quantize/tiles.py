@@ -3,6 +3,11 @@
 Rows are output rows. Tiles hold 8 of them, and a weight has an even number of tiles: `pad_rows`
 appends zero rows. Packing works on any whole number of tiles, so that a large weight can be packed
 piece by piece.
+
+Codes come in superblocks of 32 inputs: for a width of b bits b blocks of 32 bytes, which are cut
+into planes of 1, 2, 4 or 8 bits of each code (`PLANES`).
+
+Memory: the arrays that are returned, and a few temporaries of their size. Any thread.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from framequilt.quantize.formats import (
     WeightFormat,
     round_up,
 )
-from framequilt.quantize.rtn import Quantized, Range, dequantize, quantize
+from framequilt.quantize.rtn import Quantized, Range, dequantize, quantize_as
 
 
 def pad_rows(x: NDArray[Any], fill: int = 0) -> NDArray[Any]:
@@ -76,34 +81,69 @@ def unpack_bf16(blocks: NDArray[np.uint16], inputs: int) -> NDArray[np.float32]:
     return from_bf16(np.ascontiguousarray(rows[:, :inputs]))
 
 
-def pack_codes(codes: NDArray[np.uint8], zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes [rows, inputs], zeros [rows, groups] -> [tiles, blocks, 8, 4]; bits is 4 or 8.
+# Width -> planes of a superblock, in order: (first bit of the code, bits).
+PLANES: dict[int, tuple[tuple[int, int], ...]] = {
+    2: ((0, 2),),
+    3: ((0, 2), (2, 1)),
+    4: ((0, 4),),
+    5: ((0, 4), (4, 1)),
+    6: ((0, 4), (4, 2)),
+    8: ((0, 8),),
+}
 
-    Padding along the input gets the zero of the last group, so that it dequantizes to 0.
+
+def _planes(bits: int) -> tuple[tuple[int, int], ...]:
+    if bits not in PLANES:
+        known = ", ".join(str(width) for width in PLANES)
+        raise InvalidArgument(f"no packed layout for {bits} bits", f"known: {known}")
+    return PLANES[bits]
+
+
+def pack_codes(codes: NDArray[np.uint8], zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes [rows, inputs], zeros [rows, groups] -> [tiles, blocks, 8, 4].
+
+    Padding along the input gets the zero of the last group, so that it dequantizes to 0 (to the
+    offset, in formats that have one). Errors: InvalidArgument for a width without a layout.
     """
+    planes = _planes(bits)
     rows, inputs = codes.shape
     padded = round_up(inputs, INPUT_PADDING)
     if padded != inputs:
         tail = np.broadcast_to(zeros[:, -1:], (rows, padded - inputs))
         codes = np.concatenate([codes, tail], axis=1)
-    if bits == 8:
-        blocks = _tile(codes).reshape(-1, TILE_ROWS, padded // 4, 4)
-    elif bits == 4:
-        halves = _tile(codes).reshape(-1, TILE_ROWS, padded // 8, 2, 4)
-        blocks = halves[..., 0, :] | (halves[..., 1, :] << np.uint8(4))
-    else:
-        raise InvalidArgument(f"no packed layout for {bits} bits", "4 and 8 bits have one")
-    return np.ascontiguousarray(blocks.transpose(0, 2, 1, 3))
+    tiled = _tile(codes).transpose(0, 2, 1)  # [tiles, inputs, 8]
+    tiles, supers = len(tiled), padded // INPUT_PADDING
+    result = np.empty((tiles, supers, bits, TILE_ROWS, 4), np.uint8)
+    at = 0
+    for first, width in planes:
+        per_byte = 8 // width
+        # Input 32/p * b + 4 * j + i of a superblock is byte i of block b, at bits p * j.
+        part = tiled.reshape(tiles, supers, width, per_byte, 4, TILE_ROWS)
+        block = result[:, :, at : at + width]
+        block[...] = 0
+        for j in range(per_byte):
+            piece = (part[:, :, :, j] >> np.uint8(first)) & np.uint8(2**width - 1)
+            block |= (piece << np.uint8(width * j)).swapaxes(-1, -2)
+        at += width
+    return result.reshape(tiles, supers * bits, TILE_ROWS, 4)
 
 
 def unpack_codes(blocks: NDArray[np.uint8], bits: int, inputs: int) -> NDArray[np.uint8]:
-    """[tiles, blocks, 8, 4] -> codes [rows, inputs]."""
-    if bits not in (4, 8):
-        raise InvalidArgument(f"no packed layout for {bits} bits", "4 and 8 bits have one")
-    by_row = blocks.transpose(0, 2, 1, 3)
-    if bits == 4:
-        by_row = np.stack([by_row & np.uint8(15), by_row >> np.uint8(4)], axis=3)
-    return by_row.reshape(len(blocks) * TILE_ROWS, -1)[:, :inputs]
+    """[tiles, blocks, 8, 4] -> codes [rows, inputs]. Errors: InvalidArgument."""
+    planes = _planes(bits)
+    tiles, supers = len(blocks), blocks.shape[1] // bits
+    source = blocks.reshape(tiles, supers, bits, TILE_ROWS, 4)
+    codes = np.zeros((tiles, TILE_ROWS, supers, INPUT_PADDING), np.uint8)
+    at = 0
+    for first, width in planes:
+        per_byte = 8 // width
+        block = source[:, :, at : at + width].transpose(0, 3, 1, 2, 4)  # [tiles, 8, supers, b, 4]
+        part = codes.reshape(tiles, TILE_ROWS, supers, width, per_byte, 4)
+        for j in range(per_byte):
+            piece = (block >> np.uint8(width * j)) & np.uint8(2**width - 1)
+            part[..., j, :] |= piece << np.uint8(first)
+        at += width
+    return codes.reshape(tiles * TILE_ROWS, supers * INPUT_PADDING)[:, :inputs]
 
 
 def pack_table(table: NDArray[Any]) -> NDArray[Any]:
@@ -122,31 +162,61 @@ def pack_rows(
     """Stores rows [rows, inputs] in `form`.
 
     rows is a multiple of 16, or else the end of a weight, which is padded to one. Returns the
-    tensors by
-    suffix ("codes", "scales", "zeros" or "weight"), and the rows as they will be read back.
+    tensors by suffix ("codes", "scales", "zeros", "offsets" or "weight"), and the rows as they
+    will be read back.
     """
     if form.kind == "f32":
         return {"weight": pack_f32(pad_rows(x))}, x
     if form.kind == "bf16":
         return {"weight": pack_bf16(pad_rows(x))}, from_bf16(to_bf16(x))
-    coded = quantize(
-        x,
-        bits=form.bits,
-        group=form.group,
-        symmetric=form.symmetric,
-        scale=form.scale,
-        range_=range_,
-    )
-    neutral = 2 ** (form.bits - 1) if form.symmetric else 0
-    zeros = pad_rows(coded.zeros, neutral)
-    scales = pad_rows(coded.scales)
+    coded = quantize_as(x, form, range_)
+    return pack_quantized(coded, form), dequantize(coded)
+
+
+def pack_quantized(coded: Quantized, form: WeightFormat) -> dict[str, NDArray[Any]]:
+    """Codes of an affine format as they are stored, by suffix; rows as in `pack_rows`.
+
+    Errors: InvalidArgument for codes that are not of this format.
+    """
+    rows, inputs = coded.codes.shape
+    table = (rows, form.groups(inputs))
+    offsets = coded.offsets
+    if (
+        form.kind != "affine"
+        or (coded.bits, coded.group) != (form.bits, form.group)
+        or coded.scales.shape != table
+        or coded.zeros.shape != table
+        or (offsets is not None) != form.offset
+        or (offsets is not None and offsets.shape != table)
+    ):
+        raise InvalidArgument(f"these codes are not in the format {form.name}")
+    if int(coded.codes.max(initial=0)) >> form.bits:
+        raise InvalidArgument(f"a code of {int(coded.codes.max())} has more than {form.bits} bits")
+    zeros = pad_rows(coded.zeros, form.neutral)
     result: dict[str, NDArray[Any]] = {
-        "codes": pack_codes(pad_rows(coded.codes, neutral), zeros, form.bits),
-        "scales": pack_table(scales.astype(np.float16 if form.scale == "f16" else np.float32)),
+        "codes": pack_codes(pad_rows(coded.codes, form.neutral), zeros, form.bits),
+        "scales": _stored_table(coded.scales, form),
     }
-    if not form.symmetric:
+    if offsets is not None:
+        result["offsets"] = _stored_table(offsets, form)
+    elif not form.symmetric:
         result["zeros"] = pack_table(zeros)
-    return result, dequantize(coded)
+    elif (coded.zeros != form.neutral).any():
+        raise InvalidArgument(f"codes in the format {form.name} have the zero {form.neutral}")
+    return result
+
+
+def _stored_table(table: NDArray[np.float32], form: WeightFormat) -> NDArray[Any]:
+    """Scales or offsets in their stored type, which has to hold them exactly."""
+    if not np.isfinite(table).all():
+        raise CorruptModel("a scale is not a finite number")
+    with np.errstate(over="ignore"):
+        stored = table.astype(np.float16 if form.scale == "f16" else np.float32)
+    if (stored.astype(np.float32) != table).any():
+        raise InvalidArgument(
+            f"float16 does not hold these scales: {form.name} is not their format"
+        )
+    return pack_table(pad_rows(stored))
 
 
 def unpack_linear(
@@ -167,10 +237,19 @@ def unpack_linear(
         return unpack_f32(parts["weight"])[:out]
     if form.kind == "bf16":
         return unpack_bf16(parts["weight"], inputs)[:out]
-    scales = unpack_table(parts["scales"]).astype(np.float32)
-    if form.symmetric:
-        zeros = np.full(scales.shape, 2 ** (form.bits - 1), np.uint8)
-    else:
-        zeros = unpack_table(parts["zeros"])
-    codes = unpack_codes(parts["codes"], form.bits, inputs)
-    return dequantize(Quantized(codes, scales, zeros, form.bits, form.group))[:out]
+    return dequantize(unpack_quantized(form, out, inputs, lambda suffix: parts[suffix]))
+
+
+def unpack_quantized(
+    form: WeightFormat, out: int, inputs: int, tensor: Callable[[str], NDArray[Any]]
+) -> Quantized:
+    """Codes and parameters of an affine weight [out, inputs], from stored tensors by suffix."""
+    scales = unpack_table(tensor("scales")).astype(np.float32)
+    zeros = np.full(scales.shape, form.neutral, np.uint8)
+    offsets = None
+    if form.offset:
+        offsets = unpack_table(tensor("offsets")).astype(np.float32)
+    elif not form.symmetric:
+        zeros = unpack_table(tensor("zeros"))
+    codes = unpack_codes(tensor("codes"), form.bits, inputs)
+    return Quantized(codes, scales, zeros, form.bits, form.group, offsets)[:out]
