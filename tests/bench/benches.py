@@ -1,0 +1,318 @@
+"""What is compared: models, workloads, the programs that run each, and the project's targets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from measure import Runner, last_json
+from programs import HERE, Missing, Programs
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table: the best of `ours` against the best of `peers`.
+
+    `factor`: how many times better ours has to be. `limit_share`: instead, the share of the read
+    bandwidth that ours has to reach. `seconds`: instead, the most that ours may take. Names are
+    prefixes of runner names.
+    """
+
+    what: str
+    ours: tuple[str, ...]
+    peers: tuple[str, ...] = ()
+    factor: float | None = None
+    limit_share: float | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class Bench:
+    """Programs whose samples alternate, and the rows they make."""
+
+    name: str
+    title: str
+    unit: str
+    targets: list[Target]
+    higher_is_better: bool = True
+    ours: list[Runner] = field(default_factory=list)
+    peers: list[Runner] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, make: Callable[[], Runner]) -> None:
+        """Adds what `make` returns; what cannot be had is listed instead."""
+        try:
+            (self.ours if kind == "ours" else self.peers).append(make())
+        except Missing as reason:
+            self.missing.append(str(reason))
+
+
+SIZES = {
+    "qwen2-0.5b": "0.5B",
+    "qwen2-7b": "7B",
+    "qwen2-7b-4l": "7B (4 of 28 layers)",
+    "smollm2-135m": "135M",
+}
+# Types that llama.cpp is given for 4 bits; SmolLM2 is published as Q4_1.
+FOUR_BITS = {
+    "qwen2-0.5b": ("q4_0", "q4_k_m"),
+    "qwen2-7b": ("q4_0",),
+    "qwen2-7b-4l": ("q4_0", "q4_k_m"),
+    "smollm2-135m": ("q4_0", "q4_1"),
+}
+FRAME_ROWS = 210  # of LLaVA-Video: 14 x 14 after pooling, and a newline per grid row
+VIDEO_FRAMES = 32
+VIDEO_PROMPT = 40  # text tokens around them
+
+
+def _engine(
+    p: Programs, label: str, name: str, weights: str, mode: str, **options: object
+) -> Callable[[], Runner]:
+    return lambda: p.engine(label, p.ours(name, weights), mode, **options)
+
+
+def prefill(p: Programs, name: str, tokens: int) -> Bench:
+    """A prompt of `tokens` tokens up to the first new token."""
+    bench = Bench(
+        f"prefill-{name}-{tokens}",
+        f"prefill {tokens}, {SIZES[name]}",
+        "tok/s",
+        [
+            Target("4 bit, against llama.cpp's best 4 bit", ("w4",), ("llama.cpp",), 2.5),
+            Target("against CTranslate2 int8", ("w4", "w8"), ("CTranslate2",), 1.5),
+        ],
+    )
+    for weights, activations in (("w4g128", "a8"), ("w4g128", "a16"), ("w8g128", "a8")):
+        if weights == "w8g128" and name != "qwen2-0.5b":
+            continue
+        label = f"{weights} {activations}"
+        options = {"prompt": tokens, "activations": activations, "kv": "kv16"}
+        bench.add("ours", _engine(p, label, name, weights, "prefill", **options))
+    for kind in FOUR_BITS[name]:
+        bench.add(
+            "peer",
+            lambda kind=kind: p.llama_bench(f"llama.cpp {kind}", p.gguf(name, kind), p=tokens, n=0),
+        )
+    bench.add(
+        "peer",
+        lambda: p.worker(
+            "CTranslate2 int8", "ct2", p.ct2(name), "int8_float32", "prefill", str(tokens)
+        ),
+    )
+    return bench
+
+
+def decode(p: Programs, name: str, weights: str, tokens: int) -> Bench:
+    """One sequence after 128 prompt tokens."""
+    bits = 4 if weights.startswith("w4") else 8
+    bench = Bench(
+        f"decode-{name}-{bits}bit",
+        f"decode, batch 1, {SIZES[name]}, {bits} bit",
+        "tok/s",
+        [
+            Target("share of the read bandwidth", (weights,), limit_share=0.85),
+            Target("against llama.cpp at equal bits", (weights,), ("llama.cpp",), 1.2),
+        ],
+    )
+    for activations in ("a8", "a16"):
+        options = {"prompt": 128, "tokens": tokens, "activations": activations, "kv": "kv16"}
+        label = f"{weights} {activations}"
+        bench.add("ours", _engine(p, label, name, weights, "decode", **options))
+    for kind in FOUR_BITS[name][:1] if bits == 4 else ("q8_0",):
+        bench.add(
+            "peer",
+            lambda kind=kind: p.llama_bench(
+                f"llama.cpp {kind}", p.gguf(name, kind), p=0, n=tokens, d=128
+            ),
+        )
+    return bench
+
+
+def batch(p: Programs, name: str, tokens: int, count: int = 8) -> Bench:
+    """Several sequences at once after 128 prompt tokens each; the total rate."""
+    bench = Bench(
+        f"batch{count}-{name}",
+        f"decode, batch {count}, {SIZES[name]}, 4 bit",
+        "tok/s",
+        [Target("against llama.cpp", ("w4g128",), ("llama.cpp",), 2.0)],
+    )
+    for activations in ("a8", "a16"):
+        options = {"prompt": 128, "tokens": tokens, "batch": count, "kv": "kv16"}
+        options["activations"] = activations
+        label = f"w4g128 {activations}"
+        bench.add("ours", _engine(p, label, name, "w4g128", "decode", **options))
+    context = count * (128 + tokens)
+    for kind in FOUR_BITS[name][:1]:
+        bench.add(
+            "peer",
+            lambda kind=kind: p.llama_batch(
+                f"llama.cpp {kind}", p.gguf(name, kind), 128, tokens, count, context
+            ),
+        )
+    return bench
+
+
+def context(p: Programs, name: str, depth: int, tokens: int) -> Bench:
+    """One sequence deep in a long context, for each type of KV cache."""
+    kv_types = {"kv16": "f16", "kv8": "q8_0", "kv4": "q4_0"}
+    bench = Bench(
+        f"context{depth}-{name}",
+        f"decode at context {depth}, {SIZES[name]}, 4 bit",
+        "tok/s",
+        [
+            Target("kv16, against llama.cpp f16", ("kv16",), ("llama.cpp kv f16",), 2.0),
+            Target("kv8, against llama.cpp q8_0", ("kv8",), ("llama.cpp kv q8_0",), 2.0),
+            Target("kv4, against llama.cpp q4_0", ("kv4",), ("llama.cpp kv q4_0",), 2.0),
+            Target("kv8, against our kv16", ("kv8",), ("kv16",), 1.0),
+            Target("kv4, against our kv8", ("kv4",), ("kv8",), 1.0),
+        ],
+    )
+    for kv, peer in kv_types.items():
+        for activations in ("a8", "a16"):
+            options = {"prompt": depth, "tokens": tokens, "activations": activations, "kv": kv}
+            label = f"{kv} {activations}"
+            bench.add("ours", _engine(p, label, name, "w4g128", "decode", **options))
+        bench.add(
+            "peer",
+            lambda peer=peer: p.llama_bench(
+                f"llama.cpp kv {peer}", p.gguf(name, "q4_0"),
+                p=0, n=tokens, d=depth, fa="on", ctk=peer, ctv=peer,
+            ),
+        )  # fmt: skip
+    return bench
+
+
+def tower(p: Programs) -> Bench:
+    """The vision tower, one frame of 729 patches."""
+    bench = Bench(
+        "tower",
+        "vision tower (27 layers, 729 patches)",
+        "s/frame",
+        [
+            Target("float, against the best float32", ("f32",), ("onnxruntime f32", "torch f32"),
+                   1.15),
+            Target("W8A8, against the best int8", ("w8g128 a8",), ("onnxruntime int8",), 1.15),
+            Target("W4A8, against the best int8", ("w4g128 a8",), ("onnxruntime int8",), 1.7),
+        ],
+        higher_is_better=False,
+    )  # fmt: skip
+    for weights, activations in (("f32", "a16"), ("w8g128", "a8"), ("w4g128", "a8"),
+                                 ("w4g128", "a16")):  # fmt: skip
+        options = {"frames": 2, "prompt": 8, "tokens": 2, "activations": activations}
+        label = f"{weights} {activations}"
+        bench.add("ours", _engine(p, label, "siglip", weights, "vision", **options))
+    bench.add("peer", lambda: p.worker("onnxruntime f32", "ort", p.onnx(False)))
+    bench.add("peer", lambda: p.worker("onnxruntime int8", "ort", p.onnx(True)))
+    bench.add("peer", lambda: p.worker("torch f32", "torch-tower", "float32"))
+    bench.add("peer", lambda: p.worker("torch bf16", "torch-tower", "bfloat16"))
+    return bench
+
+
+def fusion(p: Programs, frames: int, activations: str) -> Bench:
+    """Token reduction at cost 0.3 against the same prompt without it: seconds to the first token.
+
+    The paper's prompt: 64 frames of 210 rows. Half of a frame's rows continue the frame before.
+    """
+    bench = Bench(
+        "fusion",
+        f"prefill of {frames * FRAME_ROWS} visual rows, {SIZES['qwen2-7b-4l']}, {activations}",
+        "s",
+        [Target("FrameFusion at cost 0.3, against no reduction", ("cost 0.3",), ("cost 1",), 3.4)],
+        higher_is_better=False,
+    )
+    for cost in (0.3, 1.0):
+        options = {"frames": frames, "prompt": 40, "tokens": 2, "cost": cost}
+        options |= {"activations": activations, "kv": "kv8", "memory_mib": 4096}
+        label = f"cost {cost:g}"
+        bench.add("ours", _engine(p, label, "qwen2-7b-4l", "w4g128", "rows", **options))
+    return bench
+
+
+def video(p: Programs, activations: str) -> list[Bench]:
+    """The parts of a question about 32 frames; report.py adds them up. No targets of their own."""
+    name, rows = "qwen2-7b-4l", VIDEO_FRAMES * FRAME_ROWS + VIDEO_PROMPT
+    script = Path(__file__).with_name("frames_worker.py")
+    python = str(HERE.parents[1] / "python")
+    decoding = Bench("video-frames", f"decode and resize {VIDEO_FRAMES} frames", "s", [],
+                     higher_is_better=False)  # fmt: skip
+    command = (sys.executable, str(script), str(VIDEO_FRAMES))
+    decoding.ours.append(Runner("PyAV", command, last_json, (("PYTHONPATH", python),)))
+    projector = Bench("video-projector", "projector, difference of two towers", "s/frame", [],
+                      higher_is_better=False)  # fmt: skip
+    for label, model in (("with", "llava-video-1l"), ("without", "siglip-1l")):
+        options = {"frames": 4, "prompt": 8, "tokens": 2, "activations": activations}
+        projector.add("ours", _engine(p, label, model, "w4g128", "vision", **options))
+    language = Bench("video-llm", f"{rows} rows, then 64 tokens, {SIZES[name]}", "s", [],
+                     higher_is_better=False)  # fmt: skip
+    for cost in (1.0, 0.3):
+        options = {"frames": VIDEO_FRAMES, "prompt": VIDEO_PROMPT, "tokens": 64, "cost": cost}
+        options |= {"activations": activations, "kv": "kv8", "memory_mib": 4096}
+        label = f"cost {cost:g}"
+        language.add("ours", _engine(p, label, name, "w4g128", "rows", **options))
+    language.add(
+        "peer", lambda: p.llama_bench("llama.cpp prefill", p.gguf(name, "q4_0"), p=rows, n=0)
+    )
+    language.add(
+        "peer",
+        lambda: p.llama_bench("llama.cpp decode", p.gguf(name, "q4_0"), p=0, n=16, d=rows),
+    )
+    return [decoding, projector, language]
+
+
+def load(p: Programs) -> Bench:
+    """Opening a model of 4 GB whose files are in the page cache, until requests are accepted."""
+    bench = Bench(
+        "load",
+        "load, 7B, 4 bit, files in the page cache",
+        "s",
+        [Target("seconds", ("w4g128",), seconds=1.0)],
+        higher_is_better=False,
+    )
+    bench.add("ours", _engine(p, "w4g128", "qwen2-7b", "w4g128", "load"))
+    return bench
+
+
+def all_benches(p: Programs, quick: bool, activations: str) -> list[Bench]:
+    """Every bench, the small models first; `quick` leaves out what takes minutes.
+
+    `activations` is for the long workloads, which are not run with both.
+    """
+    prompts = (512,) if quick else (512, 2048)
+    result = [prefill(p, name, n) for name in ("qwen2-0.5b", "smollm2-135m") for n in prompts]
+    result += [prefill(p, "qwen2-7b-4l", n) for n in prompts]
+    result += [decode(p, name, "w4g128", 64) for name in ("qwen2-0.5b", "smollm2-135m")]
+    result += [decode(p, "qwen2-0.5b", "w8g128", 64)]
+    result += [batch(p, name, 48) for name in ("qwen2-0.5b", "smollm2-135m")]
+    result += [context(p, "qwen2-0.5b", 1024 if quick else 4096, 32), tower(p)]
+    if not quick:
+        result += [decode(p, "qwen2-7b", "w4g128", 16), load(p)]
+        result += [fusion(p, 64, activations), *video(p, activations)]
+    return result
+
+
+def tiny_benches(p: Programs) -> list[Bench]:
+    """A few benches on toy models: whether the harness works, nothing about speed."""
+    options = {"prompt": 32, "activations": "a16", "kv": "kv8"}
+    prompt = Bench("prefill-tiny", "prefill 32, toy", "tok/s", [Target("none", ("w4g128",))])
+    prompt.add("ours", _engine(p, "w4g128 a16", "tiny", "w4g128", "prefill", **options))
+    steps = Bench(
+        "decode-tiny",
+        "decode, batch 2, toy",
+        "tok/s",
+        [Target("share of the read bandwidth", ("w4g128",), limit_share=0.85)],
+    )
+    options |= {"tokens": 8, "batch": 2}
+    steps.add("ours", _engine(p, "w4g128 a16", "tiny", "w4g128", "decode", **options))
+    frames = Bench(
+        "tower-tiny", "tower, toy", "s/frame", [Target("none", ("f32",))], higher_is_better=False
+    )
+    options = {"frames": 2, "prompt": 8, "tokens": 2, "cost": 0.5}
+    frames.add("ours", _engine(p, "f32 a16", "tiny-video", "f32", "vision", **options))
+    loaded = Bench(
+        "load-tiny", "load, toy", "s", [Target("seconds", ("w4g128",), seconds=1.0)],
+        higher_is_better=False,
+    )  # fmt: skip
+    loaded.add("ours", _engine(p, "w4g128", "tiny", "w4g128", "load"))
+    return [prompt, steps, frames, loaded]

@@ -1,0 +1,444 @@
+"""Writes random-weight models of real shapes, for timing only (their text is noise).
+
+    models.py ours NAME FORMAT DIRECTORY     a Framequilt model directory
+    models.py gguf NAME TYPE FILE            f16, q8_0, q4_0, q4_k_m; needs gguf
+    models.py hf NAME DIRECTORY              float16 safetensors; needs tokenizers
+    models.py onnx FILE                      the tower in float32; needs onnx
+
+Needs numpy, not torch. Tensors are written piece by piece from one pool of random bytes, so memory
+stays at a few hundred megabytes whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from shapes import DECODERS, MODELS, SIGLIP_SO400M, TowerShape
+
+from framequilt.convert.spec import slots
+from framequilt.model_directory import NUMPY_DTYPES, DirectoryWriter
+from framequilt.quantize.formats import TensorInfo, WeightFormat, parse_format
+from framequilt.quantize.tiles import pack_codes, pack_rows
+
+DEVIATION = 0.02  # of the weights: activations stay finite through any number of layers
+PIECE = 1 << 24  # bytes written at once
+
+
+class Pool:
+    """Endless random bytes and normal values, cut from fixed pools at changing offsets."""
+
+    def __init__(self, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self._bytes = rng.integers(0, 256, (1 << 26) + 7919, dtype=np.uint8)
+        self._normal = rng.standard_normal((1 << 22) + 7919, dtype=np.float32) * DEVIATION
+        self._at = 0
+
+    def _cut(self, pool: NDArray[Any], count: int) -> NDArray[Any]:
+        self._at = (self._at + 6007) % 7919
+        return np.resize(pool[self._at :], count)
+
+    def bytes(self, count: int) -> NDArray[np.uint8]:
+        """`count` random bytes."""
+        return self._cut(self._bytes, count)
+
+    def normal(self, *shape: int) -> NDArray[np.float32]:
+        """Normal values of deviation 0.02."""
+        return self._cut(self._normal, int(np.prod(shape))).reshape(shape)
+
+
+def scale_for(bits: int) -> float:
+    """The scale at which uniform codes of `bits` bits have the deviation 0.02."""
+    return DEVIATION * 12**0.5 / 2**bits
+
+
+# Framequilt --------------------------------------------------------------------------------------
+
+
+def _write_linear(
+    writer: DirectoryWriter, pool: Pool, slot: str, out: int, inputs: int, form: WeightFormat
+) -> None:
+    if form.kind != "affine":
+        step = max(PIECE // (4 * inputs) // 16, 1) * 16
+        for first in range(0, out, step):
+            packed, _ = pack_rows(pool.normal(min(step, out - first), inputs), form)
+            for suffix, data in packed.items():
+                writer.write(f"{slot}.{suffix}", data, first // 8)
+        return
+    neutral = 2 ** (form.bits - 1)
+    for info in form.tensors(slot, out, inputs):
+        dtype = NUMPY_DTYPES[info.dtype]
+        row_bytes = info.bytes // info.shape[0]
+        step = max(PIECE // row_bytes, 1)
+        for first in range(0, info.shape[0], step):
+            tiles = min(step, info.shape[0] - first)
+            shape = (tiles, *info.shape[1:])
+            if info.name.endswith(".scales"):
+                piece = np.full(shape, scale_for(form.bits), dtype)
+            elif info.name.endswith(".zeros"):
+                piece = np.full(shape, neutral, dtype)
+            elif inputs % 32:  # padding codes have to be the zero
+                codes = pool.bytes(8 * tiles * inputs) >> np.uint8(8 - form.bits)
+                zeros = np.full((8 * tiles, 1), neutral, np.uint8)
+                piece = pack_codes(codes.reshape(8 * tiles, inputs), zeros, form.bits)
+            else:
+                piece = pool.bytes(tiles * row_bytes).reshape(shape)
+            writer.write(info.name, piece, first)
+
+
+def write_ours(name: str, weights: str, destination: Path) -> None:
+    """A model directory of one of `shapes.MODELS` with every linear in its scheme's format."""
+    model = MODELS[name]
+    chosen = parse_format(weights)
+    # As in a conversion, embedding and head keep 8 bits. The tower does not: it is measured alone.
+    tables = replace(chosen, bits=8) if chosen.kind == "affine" else chosen
+
+    def format_of(slot: str) -> WeightFormat:
+        return tables if slot in ("decoder.embedding", "decoder.head") else chosen
+
+    wanted = slots(model)
+    tensors = []
+    linears: dict[str, Any] = {}
+    for target, slot in wanted.items():
+        if slot.linear:
+            at = target.removesuffix(".weight")
+            form = format_of(at)
+            tensors += form.tensors(at, *slot.shape)
+            out, inputs = slot.shape
+            linears[at] = {"out": out, "in": inputs, "format": form.to_json()}
+        else:
+            tensors.append(TensorInfo(target, "F32", slot.shape))
+    pool = Pool()
+    with DirectoryWriter(destination, tensors) as writer:
+        for target, slot in wanted.items():
+            if slot.linear:
+                at = target.removesuffix(".weight")
+                _write_linear(writer, pool, at, *slot.shape, format_of(at))
+            elif target.endswith("norm.weight"):
+                writer.write(target, np.ones(slot.shape, np.float32))
+            elif target.endswith(".bias"):
+                writer.write(target, np.zeros(slot.shape, np.float32))
+            else:
+                writer.write(target, pool.normal(*slot.shape))
+        writer.add_file("tokenizer.json", b"{}\n")
+        if model.vision is not None:
+            writer.add_file("preprocessor.json", json.dumps(PREPROCESSOR).encode())
+        tokenizer = {"kind": "huggingface", "file": "tokenizer.json"}
+        media = "<image>" if model.vision else ""
+        writer.commit(
+            {
+                "name": name,
+                "source": {"architecture": "random weights for benchmarks"},
+                "weights": chosen.name,
+                **model.to_json(),
+                "tokens": {
+                    "bos": None, "add_bos": False, "eos": [2], "media": media,
+                    "tokenizer": tokenizer,
+                },
+                "defaults": {"kv": "kv16", "similarity_lower_bound": None},
+                "linears": linears,
+            }
+        )  # fmt: skip
+
+
+PREPROCESSOR = {
+    "size": 384,
+    "resample": "bicubic",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "rescale": 1 / 255,
+    "image_grid_pinpoints": None,
+    "time_instruction": True,
+}
+
+
+# GGUF --------------------------------------------------------------------------------------------
+
+
+def write_gguf(name: str, kind: str, destination: Path) -> None:
+    """A GGUF file with the tensor types that llama-quantize would choose for `kind`."""
+    import gguf
+
+    quant = gguf.GGMLQuantizationType
+    shape = DECODERS[name]
+    main = {
+        "f32": quant.F32, "f16": quant.F16, "q8_0": quant.Q8_0, "q4_0": quant.Q4_0,
+        "q4_k_m": quant.Q4_K,
+    }[kind]  # fmt: skip
+    better = quant.Q6_K if kind in ("q4_0", "q4_k_m") else main
+    pool = Pool()
+    cache: dict[Any, NDArray[Any]] = {}
+
+    def half(blocks: int, value: float) -> NDArray[np.uint8]:
+        return np.full((blocks, 1), value, np.float16).view(np.uint8).reshape(blocks, 2)
+
+    def rows(out: int, inputs: int, kind: Any) -> NDArray[Any]:
+        key = (out, inputs, kind)
+        if key not in cache:
+            count = out * inputs
+
+            def some(blocks: int, width: int) -> NDArray[np.uint8]:
+                return pool.bytes(blocks * width).reshape(blocks, width)
+
+            if kind in (quant.F32, quant.F16):
+                values = pool.normal(out, inputs)
+                cache[key] = values if kind == quant.F32 else values.astype(np.float16)
+            else:
+                blocks = count // (256 if kind in (quant.Q4_K, quant.Q6_K) else 32)
+                parts = {
+                    quant.Q4_0: lambda: [half(blocks, DEVIATION / 4.6), some(blocks, 16)],
+                    quant.Q8_0: lambda: [half(blocks, DEVIATION / 74), some(blocks, 32)],
+                    quant.Q4_K: lambda: [
+                        half(blocks, DEVIATION / 150), half(blocks, DEVIATION / 20),
+                        some(blocks, 140),
+                    ],
+                    quant.Q6_K: lambda: [some(blocks, 208), half(blocks, DEVIATION / 1300)],
+                }[kind]()  # fmt: skip
+                cache[key] = np.concatenate(parts, axis=1).reshape(out, -1)
+        return cache[key]
+
+    writer = gguf.GGUFWriter(str(destination), "qwen2" if shape.bias else "llama")
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.mlp)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(shape.vocab)
+    writer.add_tokenizer_model("no_vocab")
+
+    def linear(tensor: str, out: int, inputs: int, kind: Any) -> None:
+        if kind in (quant.Q4_K, quant.Q6_K) and inputs % 256:
+            kind = quant.Q8_0
+        data = rows(out, inputs, kind)
+        writer.add_tensor(tensor, data, raw_dtype=kind if data.dtype == np.uint8 else None)
+
+    linear("token_embd.weight", shape.vocab, shape.hidden, better if shape.tied else main)
+    kv = shape.kv_heads * shape.head_dim
+    for i in range(shape.layers):
+        at = f"blk.{i}."
+        last = shape.layers
+        extra = kind == "q4_k_m" and (
+            i < last // 8 or i >= 7 * last // 8 or (i - last // 8) % 3 == 2
+        )
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"{at}{norm}.weight", np.ones(shape.hidden, np.float32))
+        for part, out, choice in (
+            ("q", shape.hidden, main),
+            ("k", kv, main),
+            ("v", kv, better if extra else main),
+        ):
+            linear(f"{at}attn_{part}.weight", out, shape.hidden, choice)
+            if shape.bias:
+                writer.add_tensor(f"{at}attn_{part}.bias", np.zeros(out, np.float32))
+        linear(f"{at}attn_output.weight", shape.hidden, shape.hidden, main)
+        linear(f"{at}ffn_gate.weight", shape.mlp, shape.hidden, main)
+        linear(f"{at}ffn_up.weight", shape.mlp, shape.hidden, main)
+        linear(f"{at}ffn_down.weight", shape.hidden, shape.mlp, better if extra else main)
+    writer.add_tensor("output_norm.weight", np.ones(shape.hidden, np.float32))
+    if not shape.tied:
+        linear("output.weight", shape.vocab, shape.hidden, better)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# Hugging Face (for converters of peers) ----------------------------------------------------------
+
+
+def write_hf(name: str, destination: Path) -> None:
+    """A checkpoint folder in float16 with a word-level tokenizer whose tokens are t0, t1, ..."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    shape = DECODERS[name]
+    destination.mkdir(parents=True)
+    kv = shape.kv_heads * shape.head_dim
+    config = {
+        "architectures": ["Qwen2ForCausalLM" if shape.bias else "LlamaForCausalLM"],
+        "model_type": "qwen2" if shape.bias else "llama",
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.mlp,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": shape.tied,
+        "max_position_embeddings": shape.context,
+        "rope_theta": shape.rope_base,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float16",
+    }
+    (destination / "config.json").write_text(json.dumps(config))
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (shape.vocab, shape.hidden),
+        "model.norm.weight": (shape.hidden,),
+    }
+    for i in range(shape.layers):
+        at = f"model.layers.{i}."
+        for part, out in (("q", shape.hidden), ("k", kv), ("v", kv)):
+            shapes[f"{at}self_attn.{part}_proj.weight"] = (out, shape.hidden)
+            if shape.bias:
+                shapes[f"{at}self_attn.{part}_proj.bias"] = (out,)
+        shapes[f"{at}self_attn.o_proj.weight"] = (shape.hidden, shape.hidden)
+        shapes[f"{at}mlp.gate_proj.weight"] = (shape.mlp, shape.hidden)
+        shapes[f"{at}mlp.up_proj.weight"] = (shape.mlp, shape.hidden)
+        shapes[f"{at}mlp.down_proj.weight"] = (shape.hidden, shape.mlp)
+        shapes[f"{at}input_layernorm.weight"] = (shape.hidden,)
+        shapes[f"{at}post_attention_layernorm.weight"] = (shape.hidden,)
+    if not shape.tied:
+        shapes["lm_head.weight"] = (shape.vocab, shape.hidden)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor, extents in shapes.items():
+        size = 2 * int(np.prod(extents))
+        header[tensor] = {
+            "dtype": "F16", "shape": list(extents), "data_offsets": [offset, offset + size],
+        }  # fmt: skip
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    pool = Pool()
+    with open(destination / "model.safetensors", "xb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor, extents in shapes.items():
+            for piece in _pieces(pool, tensor, extents):
+                stream.write(piece.astype(np.float16).tobytes())
+    words = {("<unk>", "<s>", "</s>")[i] if i < 3 else f"t{i}": i for i in range(shape.vocab - 1)}
+    Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(destination / "tokenizer.json"))
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (destination / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special})
+    )
+
+
+def _pieces(pool: Pool, name: str, extents: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
+    if len(extents) == 1:
+        yield np.full(extents, 0.0 if name.endswith("bias") else 1.0, np.float32)
+        return
+    step = max(PIECE // (4 * extents[1]), 1)
+    for first in range(0, extents[0], step):
+        yield pool.normal(min(step, extents[0] - first), extents[1])
+
+
+# ONNX --------------------------------------------------------------------------------------------
+
+
+def write_onnx(destination: Path, tower: TowerShape = SIGLIP_SO400M) -> None:
+    """The vision tower in float32, weights in FILE.data; input pixel_values, output features."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    pool = Pool()
+    nodes: list[Any] = []
+    initializers: list[Any] = []
+    data_path = destination.with_name(destination.name + ".data")
+    stream = open(data_path, "xb")  # noqa: SIM115 (closed below; every tensor appends to it)
+
+    def weight(name: str, *shape: int, value: float | None = None) -> str:
+        values = pool.normal(*shape) if value is None else np.full(shape, value, np.float32)
+        tensor = TensorProto(
+            name=name, dims=shape, data_type=TensorProto.FLOAT,
+            data_location=TensorProto.EXTERNAL,
+        )  # fmt: skip
+        where = {"location": data_path.name, "offset": stream.tell(), "length": values.nbytes}
+        for key, entry in where.items():
+            tensor.external_data.add(key=key, value=str(entry))
+        stream.write(np.ascontiguousarray(values).tobytes())
+        initializers.append(tensor)
+        return name
+
+    def constant(name: str, values: list[int]) -> str:
+        initializers.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
+        return name
+
+    def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def linear(x: str, name: str, inputs: int, out: int) -> str:
+        product = node("MatMul", [x, weight(f"{name}.weight", inputs, out)], f"{name}.product")
+        return node("Add", [product, weight(f"{name}.bias", out, value=0.0)], name)
+
+    def norm(x: str, name: str) -> str:
+        tables = [
+            weight(f"{name}.scale", hidden, value=1.0),
+            weight(f"{name}.shift", hidden, value=0.0),
+        ]
+        return node("LayerNormalization", [x, *tables], name, axis=-1, epsilon=1e-6)
+
+    hidden, heads, patches = tower.hidden, tower.heads, tower.patches
+    head_dim = hidden // heads
+    split = constant("split", [1, patches, heads, head_dim])
+    join = constant("join", [1, patches, hidden])
+    patch_inputs = [
+        "pixel_values",
+        weight("patch.weight", hidden, 3, tower.patch, tower.patch),
+        weight("patch.bias", hidden, value=0.0),
+    ]
+    x = node("Conv", patch_inputs, "patches", strides=[tower.patch, tower.patch])
+    x = node("Reshape", [x, constant("flat", [1, hidden, patches])], "patches.flat")
+    x = node("Transpose", [x], "patches.rows", perm=[0, 2, 1])
+    x = node("Add", [x, weight("position", patches, hidden)], "rows")
+    for i in range(tower.layers):
+        at = f"layer{i}."
+        y = norm(x, at + "norm1")
+        parts = {}
+        for part, order in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3])):
+            z = node("Reshape", [linear(y, at + part, hidden, hidden), split], f"{at}{part}.split")
+            parts[part] = node("Transpose", [z], f"{at}{part}.heads", perm=order)
+        factor = weight(at + "factor", 1, value=head_dim**-0.5)
+        scores = node("MatMul", [parts["q"], parts["k"]], at + "scores")
+        scores = node("Mul", [scores, factor], at + "scores.scaled")
+        shares = node("Softmax", [scores], at + "shares", axis=-1)
+        z = node("MatMul", [shares, parts["v"]], at + "mixed")
+        z = node("Transpose", [z], at + "mixed.rows", perm=[0, 2, 1, 3])
+        z = linear(node("Reshape", [z, join], at + "mixed.join"), at + "o", hidden, hidden)
+        x = node("Add", [x, z], at + "middle")
+        y = linear(norm(x, at + "norm2"), at + "up", hidden, tower.mlp)
+        y = node("Gelu", [y], at + "gelu", approximate="tanh")
+        x = node("Add", [x, linear(y, at + "down", tower.mlp, hidden)], at + "out")
+    norm(x, "features")
+    pixels = helper.make_tensor_value_info(
+        "pixel_values", TensorProto.FLOAT, [1, 3, tower.image, tower.image]
+    )
+    features = helper.make_tensor_value_info("features", TensorProto.FLOAT, [1, patches, hidden])
+    graph = helper.make_graph(nodes, "tower", [pixels], [features], initializers)
+    stream.close()
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
+        str(destination),
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one of the commands of the module's text."""
+    if len(arguments) == 4 and arguments[0] == "ours":
+        write_ours(arguments[1], arguments[2], Path(arguments[3]))
+    elif len(arguments) == 4 and arguments[0] == "gguf":
+        write_gguf(arguments[1], arguments[2], Path(arguments[3]))
+    elif len(arguments) == 3 and arguments[0] == "hf":
+        write_hf(arguments[1], Path(arguments[2]))
+    elif len(arguments) == 2 and arguments[0] == "onnx":
+        write_onnx(Path(arguments[1]))
+    else:
+        print(__doc__, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

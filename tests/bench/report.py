@@ -1,0 +1,258 @@
+"""From series to rows, and from rows to JSON, a markdown table and a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benches import VIDEO_FRAMES, Bench, Target
+from measure import Series
+from shapes import QWEN2_7B, QWEN2_7B_4L
+
+
+def _best(bench: Bench, series: dict[str, Series], names: tuple[str, ...]) -> Series | None:
+    """The best series whose name begins with one of `names`."""
+    found = [
+        s for s in series.values() if s.values and any(s.name.startswith(name) for name in names)
+    ]
+    pick = max if bench.higher_is_better else min
+    return pick(found, key=lambda s: s.median) if found else None
+
+
+def rows(bench: Bench, series: dict[str, Series], read: float | None) -> list[dict[str, Any]]:
+    """One row per target; `read` is the read bandwidth in GB/s, measured around the bench."""
+    result = []
+    for target in bench.targets:
+        row: dict[str, Any] = {"bench": bench.name, "workload": bench.title, "what": target.what}
+        row |= {"unit": bench.unit, "ours": None, "peer": None, "ratio": None, "reached": None}
+        ours = _best(bench, series, target.ours)
+        row["target"] = _target_text(target)
+        row["notes"] = _notes(bench, series, target)
+        if ours is not None:
+            row["ours"] = ours.to_json()
+            _judge(bench, target, row, ours, _best(bench, series, target.peers), read)
+        result.append(row)
+    return result
+
+
+def _target_text(target: Target) -> str:
+    if target.factor is not None:
+        return f"{target.factor:g}x"
+    if target.limit_share is not None:
+        return f"{target.limit_share:.0%} of the limit"
+    return f"{target.seconds:g} s" if target.seconds is not None else ""
+
+
+def _judge(
+    bench: Bench,
+    target: Target,
+    row: dict[str, Any],
+    ours: Series,
+    peer: Series | None,
+    read: float | None,
+) -> None:
+    """Fills in peer, ratio and reached."""
+    if target.seconds is not None:
+        row["ratio"] = ours.median
+        row["reached"] = ours.median < target.seconds
+    elif target.limit_share is not None and read:
+        # One step makes a token of every sequence.
+        steps = ours.median / ours.detail["batch"]
+        used = 1e-9 * ours.detail["bytes_per_step"] * steps
+        row["peer"] = {"name": "read bandwidth", "median": read, "used_gbytes_per_s": used}
+        row["ratio"] = used / read
+        row["reached"] = row["ratio"] >= target.limit_share
+    elif peer is not None:
+        row["peer"] = peer.to_json()
+        quotient = ours.median / peer.median
+        row["ratio"] = quotient if bench.higher_is_better else 1 / quotient
+        if target.factor is not None:
+            # "Faster than" is a comparison without an equal sign.
+            row["reached"] = row["ratio"] > target.factor if target.factor == 1.0 else (
+                row["ratio"] >= target.factor
+            )  # fmt: skip
+
+
+def _notes(bench: Bench, series: dict[str, Series], target: Target) -> list[str]:
+    notes = [f"{s.name}: {s.skipped}" for s in series.values() if s.skipped]
+    wanted = target.ours + target.peers
+    for s in series.values():
+        disturbed = len(s.values) - len(s.undisturbed)
+        if disturbed and any(s.name.startswith(name) for name in wanted):
+            load = max(s.others)
+            notes.append(
+                f"{s.name}: {disturbed} of {len(s.values)} disturbed (others up to {load:.1f} CPU)"
+            )
+    return notes + bench.missing
+
+
+# The budget of one question about a video --------------------------------------------------------
+
+
+def budget(results: dict[str, dict[str, Series]]) -> list[dict[str, Any]]:
+    """Seconds by stage, ours without and with reduction, and the peers' parts. Empty if unmeasured.
+
+    Layers that were not run are scaled: 28 / 4 of the decoder's (its head is left out, on both
+    sides), 26 / 27 of the tower's.
+    """
+    needed = ("video-frames", "video-projector", "video-llm", "tower")
+    if any(name not in results for name in needed):
+        return []
+
+    def of(bench: str, *names: str) -> Series | None:
+        found = [s for s in results[bench].values() if s.values and s.name.startswith(names)]
+        return min(found, key=lambda s: s.median) if found else None
+
+    depth = QWEN2_7B.layers / QWEN2_7B_4L.layers
+    towers = VIDEO_FRAMES * 26 / 27
+    frames = of("video-frames", "PyAV")
+    tower, peer_tower = of("tower", "w4g128", "w8g128", "f32"), of("tower", "onnxruntime", "torch")
+    both = of("video-projector", "with"), of("video-projector", "without")
+    plain, reduced = of("video-llm", "cost 1"), of("video-llm", "cost 0.3")
+    prefill, decode = of("video-llm", "llama.cpp prefill"), of("video-llm", "llama.cpp decode")
+    rows_of_prompt = plain.detail["prompt_rows"] if plain else None
+
+    def row(stage: str, ours: float | None, with_reduction: float | None, peer: float | None,
+            how: str) -> dict[str, Any]:  # fmt: skip
+        return {"stage": stage, "ours": ours, "reduced": with_reduction, "peer": peer, "how": how}
+
+    projected = None
+    if both[0] and both[1]:
+        projected = max(both[0].median - both[1].median, 0.0) * VIDEO_FRAMES
+    seconds = frames.median if frames else None
+    eye = tower.median * towers if tower else None
+    stages = [
+        row("decode and resize frames", seconds, seconds, seconds, "peers: taken as ours"),
+        row("vision tower", eye, eye, peer_tower.median * towers if peer_tower else None,
+            f"{tower.name if tower else '-'}; peer {peer_tower.name if peer_tower else '-'}"),
+        row("projector", projected, projected, projected, "peers: taken as ours"),
+        row("prompt", *(s.detail["prefill_s"] * depth if s else None for s in (plain, reduced)),
+            rows_of_prompt / prefill.median * depth if prefill and rows_of_prompt else None,
+            "4 of 28 layers measured"),
+        row("64 tokens", *(s.detail["decode_s"] * depth if s else None for s in (plain, reduced)),
+            64 / decode.median * depth if decode else None, "4 of 28 layers measured"),
+    ]  # fmt: skip
+    total: dict[str, Any] = {"stage": "sum", "how": ""}
+    for key in ("ours", "reduced", "peer"):
+        values = [stage[key] for stage in stages]
+        total[key] = None if None in values else sum(values)
+    return [*stages, total]
+
+
+# Output ------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}"
+
+
+def _cell(series: dict[str, Any] | None) -> str:
+    if not series:
+        return "-"
+    text = f"{series['name']}: {_number(series['median'])}"
+    if "used_gbytes_per_s" in series:
+        return f"{text} GB/s, used {_number(series['used_gbytes_per_s'])}"
+    return f"{text} ({_number(series['min'])}-{_number(series['max'])})"
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The tables of a result document."""
+    lines = [
+        f"Machine: {document['machine']}, {document['threads']} threads; {document['date']}; "
+        f"revision {document['revision']}. Median (least-greatest) of {document['samples']} "
+        "samples, programs taken in turn.",
+        "",
+    ]
+    if document["versions"]:
+        listed = ", ".join(f"{name} {text}" for name, text in document["versions"].items())
+        lines += [f"Peers: {listed}.", ""]
+    for moment in ("before", "after"):
+        found = document["limits"].get(moment)
+        if found:
+            parts = [
+                f"read {_number(found['read_gbytes_per_s']['median'])} GB/s "
+                f"({_number(found['read_gbytes_per_s']['min'])}-"
+                f"{_number(found['read_gbytes_per_s']['max'])})",
+                f"float32 {_number(found['float_gflops']['median'])} GFLOP/s",
+                f"int8 {_number(found['int8_gops']['median'])} GOP/s ({found['int8_instruction']})",
+            ]
+            lines += [f"Limits {moment}: {', '.join(parts)}.", ""]
+    lines += [
+        "| workload | row | unit | ours | best peer | ratio | target | reached |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    notes: list[str] = []
+    for row in document["rows"]:
+        mark = {True: "yes", False: "**no**", None: "-"}[row["reached"]]
+        share = "of the limit" in row["target"]
+        ratio = row["ratio"]
+        text = "-" if ratio is None else f"{ratio:.0%}" if share else f"{ratio:.2f}x"
+        if row["target"].endswith(" s"):
+            text = "-"
+        star = ""
+        if row["notes"]:
+            listed = "; ".join(row["notes"])
+            if listed not in notes:
+                notes.append(listed)
+            star = f" [{notes.index(listed) + 1}]"
+        lines.append(
+            f"| {row['workload']} | {row['what']}{star} | {row['unit']} | {_cell(row['ours'])} | "
+            f"{_cell(row['peer'])} | {text} | {row['target']} | {mark} |"
+        )
+    lines += ["", *(f"[{i}] {note}" for i, note in enumerate(notes, 1))]
+    if document["budget"]:
+        lines += [
+            "",
+            f"A question about {VIDEO_FRAMES} frames, 7B, seconds by stage "
+            "(measured in parts, scaled as said):",
+            "",
+            "| stage | ours | ours, cost 0.3 | peers' parts | how |",
+            "|---|---|---|---|---|",
+        ]
+        for stage in document["budget"]:
+            cells = [_number(stage[key]) for key in ("ours", "reduced", "peer")]
+            lines.append(f"| {stage['stage']} | {' | '.join(cells)} | {stage['how']} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(document: dict[str, Any], path: Path) -> bool:
+    """Ratio of every row that has a factor, beside its target; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [r for r in document["rows"] if r["ratio"] is not None and r["target"].endswith("x")]
+    if not shown:
+        return False
+    height = 0.32 * len(shown) + 1.2
+    figure, axes = pyplot.subplots(figsize=(10, height), constrained_layout=True)
+    places = range(len(shown))
+    colors = ["#2a7f62" if r["reached"] else "#b5533c" for r in shown]
+    axes.barh(places, [r["ratio"] for r in shown], color=colors, height=0.6)
+    targets = [float(r["target"][:-1]) for r in shown]
+    axes.plot(targets, places, "k|", markersize=12, markeredgewidth=2, label="target")
+    axes.set_yticks(places, [f"{r['workload']}: {r['what']}" for r in shown], fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="gray", linewidth=0.8)
+    axes.set_xlabel("times the best peer")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def write(document: dict[str, Any], folder: Path) -> None:
+    """results.json, table.md and, with matplotlib, ratios.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=1)
+    (folder / "results.json").write_text(text + "\n")
+    (folder / "table.md").write_text(markdown(document))
+    plot(document, folder / "ratios.png")

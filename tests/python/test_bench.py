@@ -1,0 +1,199 @@
+"""The benchmark harness works: models are made and opened, programs run, rows are judged.
+
+Nothing here is about speed. The run on toy models needs bench_engine (built with
+-DFRAMEQUILT_BENCH=ON) and skips where it is not built.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "tests" / "bench"
+sys.path.insert(0, str(BENCH))
+import instructions  # noqa: E402
+import models  # noqa: E402
+import report  # noqa: E402
+from benches import Bench, Target  # noqa: E402
+from measure import QUIET, Runner, Series, alternate, last_json  # noqa: E402
+
+sys.path.remove(str(BENCH))
+
+from framequilt.model_directory import ModelDirectory  # noqa: E402
+
+
+def _programs() -> Path:
+    found = [path.parent for path in ROOT.glob("build/*/tests/bench/bench_engine")]
+    named = os.environ.get("FRAMEQUILT_BENCH_PROGRAMS")
+    if named:
+        found = [Path(named)]
+    if not found:
+        pytest.skip("bench_engine is not built: cmake --preset dev -DFRAMEQUILT_BENCH=ON")
+    return max(found, key=lambda path: (path / "bench_engine").stat().st_mtime)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, str(BENCH / "run.py"), "--tiny", "--patience", "0"]
+    command += ["--build", str(_programs()), "--out", str(out), "--models", str(out / "models")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document: dict[str, Any] = json.loads((out / "results.json").read_text())
+    document["table"] = (out / "table.md").read_text()
+    return document
+
+
+def test_every_bench_of_a_tiny_run_has_a_value(tiny_run: dict[str, Any]) -> None:
+    assert set(tiny_run["series"]) == {"prefill-tiny", "decode-tiny", "tower-tiny", "load-tiny"}
+    for listed in tiny_run["series"].values():
+        for series in listed:
+            assert series.get("median", 0) > 0, series
+    for row in tiny_run["rows"]:
+        assert row["workload"] in tiny_run["table"]
+
+
+def test_limits_of_the_machine_are_measured(tiny_run: dict[str, Any]) -> None:
+    for moment in ("before", "after"):
+        found = tiny_run["limits"][moment]
+        assert found["read_gbytes_per_s"]["median"] > 0
+        assert found["float_gflops"]["median"] > 0
+
+
+def test_bytes_of_a_decode_step_are_those_of_the_model(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """Weights: every decoder tensor (the embedding is the head too). KV: all pages' tokens."""
+    models.write_ours("tiny", "w4g128", tmp_path / "tiny")
+    opened = ModelDirectory(tmp_path / "tiny")
+    weights = sum(
+        tensor.data.nbytes for name, tensor in opened.tensors.items() if name.startswith("decoder.")
+    )
+    detail = tiny_run["series"]["decode-tiny"][0]["detail"]
+    # Batch 2, 2 layers, 32 prompt tokens and half of the 8 that are timed.
+    kv = 2 * 2 * (32 + 4) / 64 * detail["page_bytes"]
+    assert detail["bytes_per_step"] == pytest.approx(weights + kv, rel=1e-5)  # printed: 6 digits
+
+
+def test_a_reduced_video_keeps_fewer_rows(tiny_run: dict[str, Any]) -> None:
+    detail = tiny_run["series"]["tower-tiny"][0]["detail"]
+    # 4 x 4 patches, pooled by 2, with a newline per row of the grid: 6 rows of each of two frames.
+    assert detail["visual_rows"] == 12
+    assert 0 < detail["kept_share"] < 1
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16", "w4g128", "w8g128"])
+def test_random_models_have_the_deviation_they_are_meant_to_have(
+    weights: str, tmp_path: Path
+) -> None:
+    models.write_ours("tiny-video", weights, tmp_path / "model")
+    opened = ModelDirectory(tmp_path / "model", verify=True)
+    for slot in opened.config["linears"]:
+        found = opened.linear(slot)
+        # Hundreds of values at least: the deviation of a sample is within a few percent.
+        assert np.std(found) == pytest.approx(models.DEVIATION, rel=0.2), slot
+        assert abs(np.mean(found)) < 0.2 * models.DEVIATION, slot
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+def test_gguf_files_of_peers_are_what_the_gguf_package_reads(kind: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "tiny.gguf"
+    models.write_gguf("tiny", kind, path)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    up = tensors["blk.1.ffn_up.weight"]
+    values = gguf.quants.dequantize(up.data, up.tensor_type)
+    assert values.shape == (128, 64)
+    assert np.std(values) == pytest.approx(models.DEVIATION, rel=0.2)
+
+
+def _series(name: str, values: list[float], others: float = 0.0, **detail: float) -> Series:
+    series = Series(name, values=values, others=[others] * len(values))
+    series.detail = dict(detail)
+    return series
+
+
+def _judged(bench: Bench, *series: Series, read: float | None = None) -> dict[str, Any]:
+    (row,) = report.rows(bench, {s.name: s for s in series}, read)
+    return row
+
+
+def test_a_row_takes_the_best_of_each_side() -> None:
+    target = Target("x", ("w4",), ("peer",), 2.0)
+    ours = _series("w4 a8", [90.0, 100.0, 110.0]), _series("w4 a16", [10.0])
+    peers = _series("peer one", [49.0]), _series("peer two", [20.0]), _series("other", [1000.0])
+    row = _judged(Bench("b", "b", "tok/s", [target]), *ours, *peers)
+    assert row["ours"]["name"] == "w4 a8"
+    assert row["peer"]["name"] == "peer one"
+    assert row["ratio"] == pytest.approx(100 / 49)
+    assert row["reached"] is True
+
+
+def test_fewer_seconds_are_better() -> None:
+    target = Target("x", ("w4",), ("peer",), 2.0)
+    bench = Bench("b", "b", "s", [target], higher_is_better=False)
+    row = _judged(bench, _series("w4", [3.0]), _series("peer", [5.0]), _series("peer 2", [6.0]))
+    assert row["ratio"] == pytest.approx(5 / 3)
+    assert row["reached"] is False
+
+
+def test_share_of_the_bandwidth_counts_a_step_of_a_batch_once() -> None:
+    bench = Bench("b", "b", "tok/s", [Target("x", ("w4",), limit_share=0.85)])
+    # 80 tokens per second of 8 sequences are 10 steps per second of 2 GB each: 20 GB/s.
+    ours = _series("w4", [80.0], bytes_per_step=2e9, batch=8)
+    row = _judged(bench, ours, read=25.0)
+    assert row["ratio"] == pytest.approx(0.8)
+    assert row["reached"] is False
+
+
+def test_a_disturbed_sample_is_said_and_does_not_count() -> None:
+    series = _series("w4", [10.0, 100.0])
+    series.others = [QUIET + 1, 0.0]
+    bench = Bench("b", "b", "tok/s", [Target("x", ("w4",))])
+    row = _judged(bench, series)
+    assert row["ours"]["median"] == 100.0
+    assert any("1 of 2 disturbed" in note for note in row["notes"])
+
+
+def test_a_missing_side_leaves_the_row_open() -> None:
+    bench = Bench("b", "b", "tok/s", [Target("x", ("w4",), ("peer",), 2.0)])
+    bench.missing.append("no folder of peers was given")
+    row = _judged(bench, _series("w4", [1.0]))
+    assert row["reached"] is None
+    assert row["notes"] == ["no folder of peers was given"]
+
+
+def _python(name: str, text: str) -> Runner:
+    return Runner(name, (sys.executable, "-c", text), last_json)
+
+
+def test_samples_alternate_and_a_program_may_decline(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    note = f"open({str(log)!r}, 'a').write"
+    text = "{note}('{name}'); print('noise'); print('{{\"value\": 2}}')"
+    runners = [_python(name, text.format(note=note, name=name)) for name in "ab"]
+    runners.append(_python("c", "import sys; sys.exit('broken')"))
+    runners.append(_python("d", "import sys; print('not here', file=sys.stderr); sys.exit(3)"))
+    result = alternate(runners, 3, 0.0)
+    assert log.read_text() == "ababab"
+    assert result["a"].values == [2.0, 2.0, 2.0]
+    assert result["c"].skipped == "exit 1: broken"
+    assert result["d"].skipped == "not here"
+
+
+def test_an_instruction_count_may_rise_by_the_tolerance_only() -> None:
+    baseline = {"a": 1000, "b": 1000, "c": 1000, "gone": 5}
+    counted = {"a": 1000, "b": 1029, "c": 1031, "new": 7}
+    wrong = instructions.compare(counted, baseline)
+    assert len(wrong) == 3
+    assert wrong[0].startswith("c:")
+    assert wrong[1].startswith("new:")
+    assert wrong[2].startswith("gone:")
