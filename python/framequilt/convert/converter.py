@@ -1,6 +1,7 @@
 """The conversion itself: describe, match, lay out, then quantize and write piece by piece.
 
-Memory: one piece of a weight (tens of megabytes) at a time, whatever the model's size.
+Memory: one piece of a weight (tens of megabytes) at a time, whatever the model's size; a method may
+need more. One thread.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,58 +19,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framequilt.convert import families
-from framequilt.convert.families import Description
+from framequilt.convert.coded import CodedTensor
+from framequilt.convert.plan import Linear, Method, Plan
 from framequilt.convert.report import ConversionReport, LinearReport, Progress
 from framequilt.convert.rules import assign
 from framequilt.convert.sources import Source, SourceTensor, open_source
-from framequilt.convert.spec import Slot, check_limits, slots
-from framequilt.convert.tokens import Tokens, read_tokens
+from framequilt.convert.spec import check_limits, slots
+from framequilt.convert.tokens import read_tokens
 from framequilt.errors import Cancelled, CorruptModel, InvalidArgument
 from framequilt.model_directory import DEFAULT_SHARD_BYTES, DirectoryWriter
-from framequilt.quantize import Scheme, WeightFormat, pack_rows, parse_scheme
-from framequilt.quantize.formats import ROW_PADDING, TILE_ROWS, TensorInfo
+from framequilt.quantize import (
+    ActivationScheme,
+    dequantize,
+    pack_quantized,
+    pack_rows,
+    parse_activation_scheme,
+    parse_scheme,
+)
+from framequilt.quantize.formats import ROW_PADDING, TILE_ROWS
 from framequilt.quantize.rtn import RANGES, Range
+from framequilt.quantize.schemes import DEFAULT_WEIGHTS, KEEP
 
 KV_FORMATS = ("kv32", "kv16", "kv8", "kv4")
 _PIECE_VALUES = 4 * 2**20  # weights per piece: 16 MiB in float32, a few times that with temporaries
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that is decided before the first byte is written."""
-
-    description: Description
-    family: str
-    tokens: Tokens
-    scheme: Scheme
-    wanted: dict[str, Slot]
-    found: dict[str, SourceTensor | None]
-    left_out: dict[str, str]
-
-    def linear(self, target: str) -> tuple[str, int, int, WeightFormat]:
-        """Slot, out, in and format of a linear's weight."""
-        slot = target.removesuffix(".weight")
-        out, inputs = self.wanted[target].shape
-        return slot, out, inputs, self.scheme.format_of(slot)
-
-    def tensors(self) -> Iterator[TensorInfo]:
-        """What will be stored, in the order of the model."""
-        for target, slot in self.wanted.items():
-            if slot.linear:
-                name, out, inputs, form = self.linear(target)
-                yield from form.tensors(name, out, inputs)
-            else:
-                yield TensorInfo(target, "F32", slot.shape)
 
 
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    weights: str = "w4g128",
+    weights: str | None = None,
+    activations: str | None = None,
     kv: str = "kv8",
     overrides: Mapping[str, str] | None = None,
     range_: Range = "include_zero",
+    method: Method | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     name: str | None = None,
     similarity_lower_bound: float | None = None,
@@ -81,18 +64,22 @@ def convert(
 ) -> ConversionReport:
     """Converts a checkpoint (directory or .gguf file) to a model directory.
 
-    `weights` is a format name (`framequilt.quantize.formats`); `overrides` maps slot patterns such
-    as "vision.*" to other formats. `kv` and `similarity_lower_bound` are only recorded as the
+    `weights` and `activations` are schemes (`framequilt.quantize.schemes`), such as
+    "w4g128,lm_head=w8" and "a8"; `overrides` are more patterns of slots and weight formats. None is
+    "keep" for a checkpoint that is quantized already and "w4g128" for others; activations are then
+    those that the checkpoint says, or float32. `method` calibrates the weights first
+    (`framequilt.convert.plan.Method`). `kv` and `similarity_lower_bound` are only recorded as the
     model's defaults (None: what the family or the checkpoint recommends). `range_` "reference" is
     the paper's quantizer. `tokenizer` is another directory to take tokenizer and chat template
-    from. A dry run does all but read the weights and write.
+    from. A dry run does all but read the weights, calibrate and write.
 
     `progress` is called after every piece, `cancelled` before it; when it returns true, or when
     either raises, nothing is left on disk. Errors: NotFound, CorruptModel, Unsupported,
-    InvalidArgument (also for an existing destination), IoError, Cancelled.
+    InvalidArgument (also for an existing destination), IoError, Cancelled; those of the method.
     """
     began = time.monotonic()
-    scheme = parse_scheme(weights, overrides)
+    parse_scheme(weights or DEFAULT_WEIGHTS, overrides)  # before anything is read
+    inputs = None if activations is None else parse_activation_scheme(activations)
     if kv not in KV_FORMATS:
         raise InvalidArgument(f"{kv!r} is no KV format", f"known: {', '.join(KV_FORMATS)}")
     if range_ not in RANGES:
@@ -101,26 +88,35 @@ def convert(
     if target.exists() or target.is_symlink():
         raise InvalidArgument(f"{target} exists already", "choose another destination")
     opened = open_source(Path(source))
-    plan = _plan(opened, scheme, None if tokenizer is None else _tokenizer_source(Path(tokenizer)))
+    other = None if tokenizer is None else _tokenizer_source(Path(tokenizer))
+    plan = _plan(opened, weights, overrides, inputs, other)
+    check = _checker(cancelled)
+    source_bytes = sum(tensor.bytes for tensor in plan.found.values() if tensor is not None)
+    notes = _notes(plan)
+    if method is not None and not dry_run:
+        plan = plan.with_tensors(method.transform(plan, check))
+        plan.check()
+        notes += method.notes
     report = ConversionReport(
         source=opened.path,
         destination=target,
         family=plan.family,
-        weights=scheme.name,
+        weights=plan.scheme.name,
+        activations=_activations_name(plan),
         kv=kv,
         written=False,
-        config=_config(plan, opened, name or target.name, kv, similarity_lower_bound),
-        left_out=plan.left_out,
-        notes=_notes(plan),
-        source_bytes=sum(tensor.bytes for tensor in plan.found.values() if tensor is not None),
+        config=_config(plan, name or target.name, kv, similarity_lower_bound, method),
+        left_out=dict(plan.left_out),
+        notes=notes,
+        source_bytes=source_bytes,
     )
-    check = _checker(cancelled)
     tensors = list(plan.tensors())
     report.total_bytes = sum(tensor.bytes for tensor in tensors)
     if dry_run:
         for wanted, slot in plan.wanted.items():
             if slot.linear:
-                report.linears.append(_linear_report(plan, wanted, None))
+                linear = plan.linear(wanted.removesuffix(".weight"))
+                report.linears.append(_linear_report(linear, None, None))
             else:
                 report.vector_bytes += 4 * math.prod(slot.shape)
     else:
@@ -134,7 +130,13 @@ def convert(
     return report
 
 
-def _plan(source: Source, scheme: Scheme, tokenizer: Source | None) -> _Plan:
+def _plan(
+    source: Source,
+    weights: str | None,
+    overrides: Mapping[str, str] | None,
+    activations: ActivationScheme | None,
+    tokenizer: Source | None,
+) -> Plan:
     family = families.find(source)
     description = family.describe(source)
     check_limits(description.model)
@@ -146,9 +148,21 @@ def _plan(source: Source, scheme: Scheme, tokenizer: Source | None) -> _Plan:
         wanted,
         description.zero_filled,
     )
+    coded = any(isinstance(found[target], CodedTensor) for target in found if wanted[target].linear)
     vocab = description.model.decoder.vocab
-    tokens = read_tokens(source, description.text_config, vocab, tokenizer)
-    return _Plan(description, family.name, tokens, scheme, wanted, found, left_out)
+    plan = Plan(
+        source,
+        description,
+        family.name,
+        read_tokens(source, description.text_config, vocab, tokenizer),
+        parse_scheme(weights or (KEEP if coded else DEFAULT_WEIGHTS), overrides),
+        activations,
+        wanted,
+        found,
+        left_out,
+    )
+    plan.check()
+    return plan
 
 
 def _tokenizer_source(path: Path) -> Source:
@@ -166,75 +180,117 @@ def _checker(cancelled: Callable[[], bool] | None) -> Callable[[], None]:
     return check
 
 
+def _activations_name(plan: Plan) -> str:
+    """The scheme that was asked for; or else what the checkpoint says, by name."""
+    if plan.activations is not None:
+        return plan.activations.name
+    names = Counter(
+        form.name for slot in plan.linears() if (form := plan.linear(slot).activations) is not None
+    )
+    return " and ".join(sorted(names)) or "a16"
+
+
 def _config(
-    plan: _Plan, source: Source, name: str, kv: str, similarity_lower_bound: float | None
+    plan: Plan,
+    name: str,
+    kv: str,
+    similarity_lower_bound: float | None,
+    method: Method | None,
 ) -> dict[str, Any]:
     """config.json without `format`, `version` and `files`."""
     linears: dict[str, Any] = {}
-    for target, slot in plan.wanted.items():
-        if slot.linear:
-            slot_name, out, inputs, form = plan.linear(target)
-            linears[slot_name] = {"out": out, "in": inputs, "format": form.to_json()}
+    for slot in plan.linears():
+        linear = plan.linear(slot)
+        entry = {"out": linear.out, "in": linear.inputs, "format": linear.form.to_json()}
+        if linear.activations is not None:
+            entry["activations"] = linear.activations.to_json()
+        linears[slot] = entry
     similarity = similarity_lower_bound
     if similarity is None:
         similarity = plan.description.similarity_lower_bound
+    source = plan.source
     architectures = source.config.get("architectures")
     origin = {
         "family": plan.family,
         "architecture": str(architectures[0]) if architectures else "",
         "checkpoint": source.path.name,
         "kind": source.kind,
+        "activations": _activations_name(plan),
     }
+    if source.quantization:
+        origin["quantization"] = source.quantization
+    if method is not None:
+        origin["method"] = method.name
     return {
         "name": name,
         "source": origin,
         "weights": plan.scheme.name,
-        **plan.description.model.to_json(),
+        **plan.model.to_json(),
         "tokens": plan.tokens.to_json(plan.description.media),
         "defaults": {"kv": kv, "similarity_lower_bound": similarity},
         "linears": linears,
     }
 
 
-def _notes(plan: _Plan) -> list[str]:
-    """What a user should know: groups that do not divide a width, formats by part."""
-    short: dict[tuple[int, int], int] = {}
-    for target, slot in plan.wanted.items():
-        if slot.linear:
-            _, _, inputs, form = plan.linear(target)
-            if form.kind == "affine" and form.group and inputs % form.group:
-                short[inputs, form.group] = short.get((inputs, form.group), 0) + 1
+def _notes(plan: Plan) -> list[str]:
+    """What a user should know: groups that do not divide a width, codes kept and made anew."""
+    short: Counter[tuple[int, int]] = Counter()
+    kept: Counter[str] = Counter()
+    anew: Counter[str] = Counter()
+    plain = 0
+    for slot in plan.linears():
+        linear = plan.linear(slot)
+        form = linear.form
+        if form.kind == "affine" and form.group and linear.inputs % form.group:
+            short[linear.inputs, form.group] += 1
+        if linear.coded is not None:
+            kept[f"{linear.coded.dtype} as {form.name}"] += 1
+        elif isinstance(linear.source, CodedTensor):
+            anew[f"{linear.source.dtype} to {form.name}"] += 1
+        else:
+            plain += 1
     notes = [
         f"{count} of the linears have {inputs} inputs: the last group is {inputs % group} wide"
         for (inputs, group), count in sorted(short.items())
     ]
-    kinds = Counter(tensor.dtype for tensor in plan.found.values() if tensor is not None)
-    coded = {kind: n for kind, n in sorted(kinds.items()) if kind not in ("F32", "F16", "BF16")}
-    if coded:
-        listed = ", ".join(f"{n} x {kind}" for kind, n in coded.items())
-        notes.append(f"the checkpoint is quantized already ({listed}): both errors add up")
+    if kept:
+        notes.append(f"codes of the checkpoint stay as they are: {_counted(kept)}")
+        if plan.scheme.keep and plain:
+            name = plan.scheme.decoder.name
+            notes.append(f"{plain} linears are not quantized in the checkpoint: {name} by default")
+    if anew:
+        notes.append(
+            f"quantized already, and now quantized again: {_counted(anew)}; both errors add up"
+        )
+    notes += plan.source.notes
     if not plan.tokens.eos:
         notes.append("the checkpoint names no end token: answers end at max_tokens only")
     return notes
 
 
-def _linear_report(plan: _Plan, target: str, error: float | None) -> LinearReport:
-    slot, out, inputs, form = plan.linear(target)
-    source = plan.found[target]
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} x {what}" for what, count in sorted(counts.items()))
+
+
+def _linear_report(linear: Linear, error: float | None, norm: float | None) -> LinearReport:
+    source, activations = linear.source, linear.activations
     return LinearReport(
-        slot=slot,
+        slot=linear.slot,
         source="" if source is None else source.name,
-        out=out,
-        inputs=inputs,
-        format=form.name,
+        out=linear.out,
+        inputs=linear.inputs,
+        format=linear.form.name,
         source_dtype="" if source is None else source.dtype,
-        bytes=form.stored_bytes(out, inputs),
+        bytes=linear.form.stored_bytes(linear.out, linear.inputs),
         relative_error=error,
+        norm=norm,
+        activations="a16" if activations is None else activations.name,
+        codes_kept=linear.coded is not None,
     )
 
 
 def _write_tensors(
-    plan: _Plan,
+    plan: Plan,
     writer: DirectoryWriter,
     report: ConversionReport,
     range_: Range,
@@ -244,23 +300,23 @@ def _write_tensors(
     done = 0
     for target, slot in plan.wanted.items():
         if slot.linear:
-            name, out, inputs, form = plan.linear(target)
+            linear = plan.linear(target.removesuffix(".weight"))
             squared = magnitude = 0.0
-            for first, values in _pieces(plan.found[target], out, inputs):
+            for first, stop in _pieces(linear):
                 check()
                 try:
-                    packed, stored = pack_rows(values, form, range_)
+                    packed, values, stored = _pack(linear, first, stop, range_)
                 except CorruptModel as error:
-                    raise CorruptModel(f"{name}: {error.message}", error.hint) from error
+                    raise CorruptModel(f"{linear.slot}: {error.message}", error.hint) from error
                 for suffix, data in packed.items():
-                    writer.write(f"{name}.{suffix}", data, first // TILE_ROWS)
+                    writer.write(f"{linear.slot}.{suffix}", data, first // TILE_ROWS)
                     done += data.nbytes
                 squared += float(np.linalg.norm(values - stored)) ** 2
                 magnitude += float(np.linalg.norm(values)) ** 2
                 if progress is not None:
-                    progress(Progress(name, done, report.total_bytes))
+                    progress(Progress(linear.slot, done, report.total_bytes))
             error_ratio = math.sqrt(squared / magnitude) if magnitude else 0.0
-            report.linears.append(_linear_report(plan, target, error_ratio))
+            report.linears.append(_linear_report(linear, error_ratio, math.sqrt(magnitude)))
         else:
             check()
             vector = _vector(plan.found[target], target, slot.shape)
@@ -271,17 +327,31 @@ def _write_tensors(
                 progress(Progress(target, done, report.total_bytes))
 
 
-def _pieces(
-    tensor: SourceTensor | None, out: int, inputs: int
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """First row and float32 rows [n, inputs] of a weight, each a whole number of tile pairs."""
-    step = max(_PIECE_VALUES // inputs // ROW_PADDING, 1) * ROW_PADDING
-    for first in range(0, out, step):
-        stop = min(first + step, out)
-        if tensor is None:
-            yield first, np.zeros((stop - first, inputs), np.float32)
-        else:
-            yield first, tensor.rows(first, stop).reshape(stop - first, inputs)
+def _pieces(linear: Linear) -> Iterator[tuple[int, int]]:
+    """First and last row of pieces of a weight, each a whole number of tile pairs."""
+    step = max(_PIECE_VALUES // linear.inputs // ROW_PADDING, 1) * ROW_PADDING
+    for first in range(0, linear.out, step):
+        yield first, min(first + step, linear.out)
+
+
+def _pack(
+    linear: Linear, first: int, stop: int, range_: Range
+) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32], NDArray[np.float32]]:
+    """Stored tensors of some rows by suffix, what the rows should be, and what they will be."""
+    shape = (stop - first, linear.inputs)
+    if linear.coded is None:
+        source = linear.source
+        values = np.zeros(shape, np.float32)
+        if source is not None:
+            values = source.rows(first, stop).reshape(shape)
+        packed, stored = pack_rows(values, linear.form, range_)
+        return packed, values, stored
+    codes = linear.coded.coded_rows(first, stop)
+    packed = pack_quantized(codes, linear.form)
+    stored = dequantize(codes)
+    reference = linear.coded.reference
+    values = stored if reference is None else reference.rows(first, stop).reshape(shape)
+    return packed, values, stored
 
 
 def _vector(
@@ -295,7 +365,7 @@ def _vector(
     return values
 
 
-def _write_files(plan: _Plan, writer: DirectoryWriter) -> None:
+def _write_files(plan: Plan, writer: DirectoryWriter) -> None:
     tokens = plan.tokens
     writer.add_file(tokens.file, tokens.content)
     if tokens.chat_template is not None:

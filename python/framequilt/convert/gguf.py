@@ -1,8 +1,11 @@
 """GGUF files (versions 2 and 3, little endian) as converter sources.
 
 The container is parsed here, because such files come from anywhere: every length is checked against
-what is left of the file before it is used. Blocks are dequantized by the package `gguf`. Names and
-config keys are translated to the Hugging Face spelling, so that the families see one layout only.
+what is left of the file before it is used. Quantized blocks are codes (importers/gguf_blocks.py).
+Names and config keys are translated to the Hugging Face spelling, so that the families see one
+layout only.
+
+Memory: the file stays mapped as long as a tensor of it is held. Any thread.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from framequilt.convert.coded import CodedTensor
 from framequilt.convert.gguf_tokenizer import tokenizer_files
+from framequilt.convert.importers.gguf_blocks import BLOCK_KINDS, decode
 from framequilt.convert.sources import Source, SourceTensor
 from framequilt.errors import CorruptModel, IoError, Unsupported
+from framequilt.quantize import Quantized, dequantize, from_bf16
 
 MAX_HEADER_ENTRIES = 2**24
 MAX_DIMENSIONS = 4
@@ -31,15 +37,22 @@ MAX_DIMENSIONS = 4
 _TYPES: dict[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
+    **{
+        number: (kind, BLOCK_KINDS[kind].values, BLOCK_KINDS[kind].bytes)
+        for number, kind in {
+            2: "Q4_0",
+            3: "Q4_1",
+            6: "Q5_0",
+            7: "Q5_1",
+            8: "Q8_0",
+            10: "Q2_K",
+            11: "Q3_K",
+            12: "Q4_K",
+            13: "Q5_K",
+            14: "Q6_K",
+        }.items()
+    },
 }
 
 # Metadata value types: number -> struct code.
@@ -98,45 +111,52 @@ class _Cursor:
         return [self.string() for _ in range(self.count("texts", 8))]
 
 
-class BlockTensor(SourceTensor):
+class FileTensor(SourceTensor):
     """A tensor of a GGUF file; `order` gives the stored row of each row."""
 
     def __init__(
         self,
         name: str,
         shape: tuple[int, ...],
-        kind: int,
+        kind: str,
         data: NDArray[np.uint8],
-        order: NDArray[np.int64] | None = None,
     ) -> None:
-        self.name, self.shape = name, shape
-        self.dtype = _TYPES[kind][0]
+        self.name, self.shape, self.dtype = name, shape, kind
         self.bytes = data.nbytes
+        self.order: NDArray[np.int64] | None = None
         self._data = data.reshape(shape[0] if len(shape) > 1 else 1, -1)
-        self._order = order
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         if len(self.shape) == 1:  # one stored row; `order` is by element
             values = self._values(self._data).reshape(self.shape)
-            return values[start:stop] if self._order is None else values[self._order[start:stop]]
-        piece = (
-            self._data[start:stop] if self._order is None else self._data[self._order[start:stop]]
-        )
-        return self._values(piece).reshape(-1, *self.shape[1:])
+            return values[start:stop] if self.order is None else values[self.order[start:stop]]
+        return self._values(self._stored(start, stop)).reshape(-1, *self.shape[1:])
+
+    def _stored(self, start: int, stop: int) -> NDArray[np.uint8]:
+        return self._data[start:stop] if self.order is None else self._data[self.order[start:stop]]
 
     def _values(self, stored: NDArray[np.uint8]) -> NDArray[np.float32]:
         stored = np.ascontiguousarray(stored)
         if self.dtype == "F32":
             return stored.view("<f4").astype(np.float32)
-        try:
-            from gguf import GGMLQuantizationType
-            from gguf.quants import dequantize
-        except ImportError as error:
-            raise Unsupported(
-                "reading GGUF weights needs the package gguf", "pip install framequilt[convert]"
-            ) from error
-        values = dequantize(stored, GGMLQuantizationType[self.dtype])
-        return np.ascontiguousarray(values, np.float32)
+        if self.dtype == "F16":
+            return stored.view("<f2").astype(np.float32)
+        if self.dtype == "BF16":
+            return from_bf16(stored.view("<u2"))
+        return dequantize(decode(self.dtype, stored))
+
+
+class BlockTensor(FileTensor, CodedTensor):
+    """A matrix of quantized blocks."""
+
+    def __init__(
+        self, name: str, shape: tuple[int, ...], kind: str, data: NDArray[np.uint8]
+    ) -> None:
+        super().__init__(name, shape, kind, data)
+        self.form = BLOCK_KINDS[kind].form
+
+    def coded_rows(self, start: int, stop: int) -> Quantized:
+        return decode(self.dtype, np.ascontiguousarray(self._stored(start, stop)))
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,7 @@ class Container:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, BlockTensor]
+    tensors: dict[str, FileTensor]
 
 
 def read_container(path: Path) -> Container:
@@ -177,7 +197,7 @@ def read_container(path: Path) -> Container:
         raise CorruptModel(f"{where}: general.alignment is {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
     image = np.frombuffer(data, np.uint8)
-    tensors: dict[str, BlockTensor] = {}
+    tensors: dict[str, FileTensor] = {}
     for name, shape, kind, offset in entries:
         if name in tensors:
             raise CorruptModel(f"{where}: tensor {name} is there twice")
@@ -193,7 +213,8 @@ def read_container(path: Path) -> Container:
                 "the file is truncated or damaged; download it again",
             )
         piece = image[start + offset : start + offset + size]
-        tensors[name] = BlockTensor(name, shape, kind, piece)
+        coded = kind_name in BLOCK_KINDS and len(shape) == 2
+        tensors[name] = (BlockTensor if coded else FileTensor)(name, shape, kind_name, piece)
     return Container(path, metadata, tensors)
 
 
@@ -384,7 +405,7 @@ def _tensors(
                 order = orders[match[2]]()
                 if len(order) != tensor.shape[0]:
                     raise CorruptModel(f"{container.path}: {name} has {tensor.shape[0]} rows")
-                tensor._order = order
+                tensor.order = order
         tensor.name = translated
         result[translated] = tensor
     return result

@@ -57,14 +57,14 @@ class MappedTensor(SourceTensor):
         self.shape = stored.shape
         self.dtype = stored.dtype
         self.bytes = stored.data.nbytes
-        self._data = stored.data
+        self.data = stored.data  # as stored, bfloat16 as bit patterns
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         if self.dtype not in ("F32", "F16", "BF16"):
             raise Unsupported(
                 f"{self.name} is stored as {self.dtype}", "weights are read from F32, F16 and BF16"
             )
-        piece = self._data[start:stop]
+        piece = self.data[start:stop]
         if self.dtype == "BF16":
             return from_bf16(np.ascontiguousarray(piece))
         return np.ascontiguousarray(piece, np.float32)
@@ -80,6 +80,8 @@ class Source:
     tensors: Mapping[str, SourceTensor]
     folder: Path | None = None  # where small files are, or
     contents: dict[str, bytes] = field(default_factory=dict)  # what they are
+    quantization: str = ""  # how it is quantized already, in words; "" if it is not
+    notes: list[str] = field(default_factory=list)  # what a user should know about it
 
     def read(self, name: str) -> bytes | None:
         """A small file's bytes, None where there is none. Errors: IoError, CorruptModel."""
@@ -142,18 +144,18 @@ def _open_directory(path: Path) -> Source:
     config = _object(content, f"{path}: config.json")
     if config.get("format") == "framequilt-model":
         raise InvalidArgument(f"{path} is a converted model already", "run it as it is")
-    if config.get("quantization_config") is not None:
-        raise Unsupported(
-            f"{path} is quantized already ({config['quantization_config']!r})"[:200],
-            "convert the original checkpoint in BF16, F16 or F32",
-        )
     tensors: dict[str, SourceTensor] = {}
     for file in _weight_files(path):
         for name, stored in read_safetensors(file, _STORED).items():
             if name in tensors:
                 raise CorruptModel(f"{file}: tensor {name} is there twice")
             tensors[name] = MappedTensor(name, stored)
-    return Source(path, "safetensors", config, tensors, folder=path)
+    source = Source(path, "safetensors", config, tensors, folder=path)
+    if config.get("quantization_config") is None:
+        return source
+    from framequilt.convert.importers import read_quantized
+
+    return read_quantized(source)
 
 
 def _weight_files(path: Path) -> list[Path]:
