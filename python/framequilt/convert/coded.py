@@ -81,7 +81,9 @@ def stored_group(group: int, inputs: int) -> int | None:
 
     A larger group than we have is several equal ones. None: there is no such group.
     """
-    if group == 0 or group >= inputs:
+    if group in GROUPS:
+        return group
+    if group >= inputs:
         return 0
     return max((ours for ours in GROUPS if ours and group % ours == 0), default=None)
 

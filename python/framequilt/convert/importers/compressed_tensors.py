@@ -1,9 +1,9 @@
 """Checkpoints in the compressed-tensors format: integer weights, packed or not.
 
-A linear [out, in] is stored as `weight_packed` I32 [out, ceil(in / per word)] with
-floor(32 / bits) codes in a word and `weight_shape`, or as `weight` I8 [out, in]. Codes are signed,
-packed ones with 2^(bits-1) added. `weight_scale` is [out, groups], [out, 1] or [1];
-`weight_zero_point` I8 likewise, or packed along the outputs, I32 [ceil(out / per word), groups].
+A linear [out, in] is stored as `weight_packed` I32 [out, words], a stream of codes in each row, and
+`weight_shape`; or as `weight` I8 [out, in]. Codes are signed, packed ones with 2^(bits-1) added.
+`weight_scale` is [out, groups], [out, 1] or [1]; `weight_zero_point` I8 likewise, or packed along
+the outputs, I32 [words, groups].
 w = (code - zero) * scale. Quantized inputs (dynamic, per token) are recorded for the linear.
 Source: the format as published with the compressed-tensors package.
 
@@ -35,11 +35,13 @@ from framequilt.convert.importers.common import (
     plain_tensors,
     scattered_note,
     stored,
+    unpack_stream,
 )
 from framequilt.convert.sources import MappedTensor, Source, SourceTensor
 from framequilt.errors import CorruptModel, Unsupported
 from framequilt.quantize import ActivationFormat
 
+Words = NDArray[np.generic]
 _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", "dense")
 _ORIGINAL = "convert the original checkpoint"
 _PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
@@ -73,10 +75,22 @@ class _Group:
         return kind in self.targets
 
 
-def unpack_rows(words: NDArray[np.generic], bits: int, count: int) -> NDArray[np.uint8]:
-    """Words [rows, n] -> the first `count` codes [rows, count], floor(32 / bits) in a word."""
-    packed = np.ascontiguousarray(words).view(np.uint32)
-    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
+def unpack_rows(words: MappedTensor, data: Words, bits: int, count: int) -> NDArray[np.uint8]:
+    """Words [rows, n] of `words` -> codes [rows, count].
+
+    Codes are a stream without gaps. For widths that do not divide 32, older writers put whole codes
+    only in each word; the number of words tells which it is. Errors: CorruptModel.
+    """
+    if data.shape[1] == -(-count * bits // 32):
+        return unpack_stream(data, bits, count)
+    per_word = 32 // bits
+    if data.shape[1] != -(-count // per_word):
+        raise CorruptModel(
+            f"{words.name} has shape {list(words.shape)}, which is not that of {count} codes of "
+            f"{bits} bits"
+        )
+    shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
+    packed = np.ascontiguousarray(data).view(np.uint32)
     codes = (packed[..., None] >> shifts) & np.uint32(2**bits - 1)
     return codes.reshape(len(packed), -1)[:, :count].astype(np.uint8)
 
@@ -91,10 +105,12 @@ def _linear(source: Source, module: str, group: _Group) -> Coded:
         sizes = stored(source, f"{module}.weight_shape", ("I64", "I32"), 1)
         expect_shape(sizes, 2)
         out, inputs = (int(size) for size in sizes.data)
-        expect_shape(words, out, -(-inputs // (32 // bits)))
+        if words.shape[0] != out or not 1 <= inputs <= 2**24:
+            raise CorruptModel(f"{words.name} has shape {list(words.shape)} for {[out, inputs]}")
+        unpack_rows(words, words.data[:1], bits, inputs)  # complains before anything is written
 
         def codes(start: int, stop: int) -> NDArray[np.uint8]:
-            return unpack_rows(words.data[start:stop], bits, inputs)
+            return unpack_rows(words, words.data[start:stop], bits, inputs)
     else:
         words = stored(source, name, ("I8",), 2)
         out, inputs = words.shape
@@ -135,8 +151,9 @@ def _zero_points(point: MappedTensor, out: int, groups: int, bits: int) -> NDArr
     """Unsigned zeros [out, groups]."""
     half = 2 ** (bits - 1)
     if point.dtype == "I32":
-        expect_shape(point, -(-out // (32 // bits)), groups)
-        return np.ascontiguousarray(unpack_rows(point.data.T, bits, out).T)
+        if len(point.shape) != 2 or point.shape[1] != groups:
+            raise CorruptModel(f"{point.name} has shape {list(point.shape)} for {groups} groups")
+        return np.ascontiguousarray(unpack_rows(point, point.data.T, bits, out).T)
     signed = _table(np.asarray(point.data, np.int16), point.name, out, groups)
     if signed.min(initial=0) < -half or signed.max(initial=0) >= half:
         raise CorruptModel(f"{point.name} has zeros of more than {bits} bits")
