@@ -26,10 +26,12 @@ from oracles.forward import Forward
 from tokenizers import Tokenizer
 
 from framequilt.convert import convert
+from framequilt.convert.coded import CodedTensor
 from framequilt.convert.gguf import read_container
 from framequilt.convert.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_files
 from framequilt.errors import CorruptModel, FramequiltError, NotFound, Unsupported
 from framequilt.model_directory import ModelDirectory
+from framequilt.quantize import pack_quantized, unpack_linear
 from framequilt.resources import smollm2_gguf
 
 IDS = [0, 17, 5, 130, 42, 42, 77, 9, 63, 101, 28]
@@ -203,43 +205,82 @@ def test_llama3_scaling_is_recognised_by_its_factors(tmp_path: Path) -> None:
         convert(tmp_path / "y.gguf", tmp_path / "other")
 
 
+FORMATS = {
+    "Q4_0": "w4g32-sym",
+    "Q4_1": "w4g32-offset",
+    "Q5_0": "w5g32-sym",
+    "Q5_1": "w5g32-offset",
+    "Q8_0": "w8g32-sym",
+    "Q2_K": "w2g16-offset-f32scale",
+    "Q3_K": "w3g16-sym-f32scale",
+    "Q4_K": "w4g32-offset-f32scale",
+    "Q5_K": "w5g32-offset-f32scale",
+    "Q6_K": "w6g16-sym-f32scale",
+}
+HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+@pytest.mark.parametrize("weights", [None, "f32"])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def test_blocks_are_what_the_package_dequantizes(tmp_path: Path, kind: str) -> None:
+def test_blocks_are_what_the_package_dequantizes(
+    tmp_path: Path, kind: str, weights: str | None
+) -> None:
+    """Kept as codes or read in float32; rows of q and k are put in order in both."""
     sizes = {"intermediate_size": 96}
-    model = tiny.tiny_qwen2(tmp_path / "hf", seed=5, **sizes)
-    write_gguf(tmp_path / "x.gguf", model, "qwen2", kind)
-    report = convert(tmp_path / "x.gguf", tmp_path / "model", weights="f32")
+    model = tiny.tiny_llama(tmp_path / "hf", seed=5, **sizes)
+    write_gguf(tmp_path / "x.gguf", model, "llama", kind)
+    report = convert(tmp_path / "x.gguf", tmp_path / "model", weights=weights)
     assert any(f"x {kind}" in note for note in report.notes)
     directory = ModelDirectory(tmp_path / "model")
+    wanted = {
+        "token_embd.weight": ("decoder.embedding", 0),
+        "blk.1.ffn_down.weight": ("decoder.layers.1.mlp.down", 0),
+        "blk.1.attn_q.weight": ("decoder.layers.1.attention.q", 4),
+        "blk.2.attn_k.weight": ("decoder.layers.2.attention.k", 2),
+        "output.weight": ("decoder.head", 0),
+    }
     for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors:
-        if tensor.name == "blk.1.ffn_down.weight":
+        if tensor.name in wanted:
+            slot, heads = wanted.pop(tensor.name)
             expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            assert (directory.linear("decoder.layers.1.mlp.down") == expected).all()
-            break
-    else:
-        pytest.fail("no such tensor")
+            found = directory.linear(slot)
+            assert ((interleaved(found, heads) if heads else found) == expected).all()
+            assert directory.format_of(slot).name == (weights or FORMATS[kind])
+    assert not wanted
 
 
-@pytest.mark.parametrize("kind, block", [("Q4_K", 144), ("Q5_K", 176), ("Q6_K", 210)])
-def test_k_quants_are_read(tmp_path: Path, kind: str, block: int) -> None:
-    """The package cannot write them: random blocks with finite scales do."""
-    number = gguf.GGMLQuantizationType[kind]
-    data = np.random.default_rng(6).integers(0, 256, (4, block), np.uint8)
-    scale = np.array([0.01], np.float16).view(np.uint8)
-    if kind == "Q6_K":  # keeps its scale at the end, the others two at the start
-        data[:, 208:210] = scale
-    else:
-        data[:, :2], data[:, 2:4] = scale, scale
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    writer.add_tensor("t", data, raw_dtype=number)
+def random_blocks(kind: str, rows: int, blocks: int, seed: int) -> Any:
+    """Random bytes but for the float16 scales, which are finite and of either sign."""
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    generator = np.random.default_rng(seed)
+    data = generator.integers(0, 256, (rows * blocks, size), np.uint8)
+    for at in HALVES[kind]:
+        scales = generator.uniform(-0.02, 0.02, (rows * blocks, 1)).astype(np.float16)
+        data[:, at : at + 2] = scales.view(np.uint8)
+    return data.reshape(rows, -1)
+
+
+def write_tensor(path: Path, data: Any, kind: str) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("t", data, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_k_quants_are_codes_of_ours(tmp_path: Path, kind: str) -> None:
+    """The package cannot write them: random blocks do. Values and packed codes, bit for bit."""
+    data = random_blocks(kind, 21, 2, seed=6)
+    write_tensor(tmp_path / "x.gguf", data, kind)
     tensor = read_container(tmp_path / "x.gguf").tensors["t"]
-    expected = gguf.quants.dequantize(data, number)
-    assert tensor.shape == (4, 256) and np.isfinite(expected).all()
-    assert (tensor.rows(0, 4) == expected).all() and (tensor.rows(1, 3) == expected[1:3]).all()
+    expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+    assert tensor.shape == (21, 512) and np.isfinite(expected).all()
+    assert (tensor.rows(0, 21) == expected).all() and (tensor.rows(1, 3) == expected[1:3]).all()
+    assert isinstance(tensor, CodedTensor) and tensor.form.name == FORMATS[kind]
+    packed = pack_quantized(tensor.coded_rows(0, 21), tensor.form)
+    assert (unpack_linear(tensor.form, 21, 512, lambda suffix: packed[suffix]) == expected).all()
 
 
 REFUSED: dict[str, Any] = {
