@@ -31,7 +31,7 @@ from framequilt.errors import (
     NotFound,
     VersionMismatch,
 )
-from framequilt.quantize.formats import TensorInfo, WeightFormat
+from framequilt.quantize.formats import ActivationFormat, TensorInfo, WeightFormat
 from framequilt.quantize.tiles import unpack_linear
 
 FORMAT = "framequilt-model"
@@ -465,6 +465,11 @@ class ModelDirectory:
     def format_of(self, slot: str) -> WeightFormat:
         """Weight format of a linear. Errors: NotFound, CorruptModel."""
         return WeightFormat.from_json(self._linear(slot).get("format"), f"{self.path}: {slot}")
+
+    def activations_of(self, slot: str) -> ActivationFormat | None:
+        """How a linear's inputs are quantized, None: not. Errors: NotFound, CorruptModel."""
+        value = self._linear(slot).get("activations")
+        return None if value is None else ActivationFormat.from_json(value, f"{self.path}: {slot}")
 
     def linear(self, slot: str) -> NDArray[np.float32]:
         """A linear's weight, dequantized: float32 [out, in]. Errors: NotFound, CorruptModel."""

@@ -177,7 +177,7 @@ def test_errors_say_code_cause_and_hint(fake):
         ("ask", "dir", "Why?", "--cost", "0"),
         ("ask", "dir", "Why?", "--similarity", "0.5"),
         ("ask", "dir", "Why?", "--max-tokens", "0"),
-        ("convert", "a", "b", "--override", "nonsense"),
+        ("convert", "a", "b", "--weights", "w4,nonsense"),
         ("convert", "a", "b", "--range", "nonsense"),
         ("convert", "/nowhere", "/nowhere/else"),
         ("inspect", "/nowhere"),

@@ -115,13 +115,14 @@ def test_slots_are_drawn_together_for_messages() -> None:
     assert summary(["decoder.layers.5.mlp.up"]) == ["decoder.layers.5.mlp.up"]
 
 
-def test_activations_are_for_decoder_layers_unless_asked_for() -> None:
+def test_activations_are_for_all_linears_but_the_head_unless_asked_for() -> None:
     assert activations("a16") == {}
     found = activations("a8,layers.3.*=a16,layers.4.mlp.*=a4-asym")
-    assert all(slot.startswith("decoder.layers.") for slot in found) and len(found) == 22
+    left = {"decoder.head", "decoder.embedding", *(s for s in SLOTS if ".layers.3." in s)}
+    assert set(found) == set(SLOTS) - left
     assert found["decoder.layers.4.mlp.down"] == "a4-asym"
-    assert found["decoder.layers.4.attention.q"] == "a8"
-    assert set(activations("vision.*=a8,lm_head=a8")) == {
+    assert found["decoder.layers.4.attention.q"] == found["vision.patch_embedding"] == "a8"
+    assert set(activations("a16,vision.*=a8,lm_head=a8")) == {
         slot for slot in SLOTS if slot.startswith("vision.") or slot == "decoder.head"
     }
 

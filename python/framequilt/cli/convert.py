@@ -12,17 +12,55 @@ from framequilt.cli.common import JsonOption, err, guarded, human_bytes, out, pa
 from framequilt.errors import InvalidArgument
 
 
+def _list_presets(wanted: bool) -> None:
+    """Prints the presets and ends the program."""
+    if not wanted:
+        return
+    from framequilt.convert.presets import PRESETS
+
+    table = Table(box=None)
+    for column in ("preset", "weights", "activations", "KV", "what it is"):
+        table.add_column(column, overflow="fold")
+    for preset in PRESETS.values():
+        table.add_row(preset.name, preset.weights, preset.activations, preset.kv, preset.about)
+    out().print(table)
+    raise typer.Exit
+
+
 @guarded
 def command(
     source: Annotated[str, typer.Argument(help="Checkpoint: Hugging Face directory or .gguf.")],
     destination: Annotated[str, typer.Argument(help="Model directory to make; must not exist.")],
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="Weights, activations and KV format that go together."),
+    ] = None,
+    list_presets: Annotated[
+        bool,
+        typer.Option(
+            "--list-presets", is_eager=True, callback=_list_presets, help="Say what there is."
+        ),
+    ] = False,
     weights: Annotated[
-        str, typer.Option("--weights", help="Weight format: f32, bf16, w8, w8g128, w4g128, ...")
-    ] = "w4g128",
-    kv: Annotated[str, typer.Option("--kv", help="The model's default KV format.")] = "kv8",
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--override", help="Another format for some slots, as 'vision.*=w8'."),
+        str | None,
+        typer.Option(
+            "--weights",
+            help="Weight format, and others for some slots: w4g128,lm_head=w8,vision.*=bf16. "
+            "'keep' leaves the codes of a quantized checkpoint as they are. "
+            "\\[default: w4g128, or keep]",
+        ),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            "--activations",
+            help="How inputs of linears are quantized, in the same grammar: a16 (not at all), a8, "
+            "a4, a8-asym, a4-asym. \\[default: a16, or what the checkpoint says]",
+        ),
+    ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", help="The model's default KV format. \\[default: kv8]"),
     ] = None,
     weight_range: Annotated[
         str,
@@ -45,12 +83,6 @@ def command(
     from framequilt import convert as converter
     from framequilt.quantize.rtn import RANGES
 
-    overrides = {}
-    for pair in override or ():
-        pattern, equals, form = pair.partition("=")
-        if not equals or not pattern or not form:
-            raise InvalidArgument(f"--override {pair!r} is not PATTERN=FORMAT")
-        overrides[pattern] = form
     if weight_range not in RANGES:
         raise InvalidArgument(f"unknown range {weight_range!r}", f"known: {', '.join(RANGES)}")
     columns = (
@@ -76,9 +108,10 @@ def command(
         report = converter.convert(
             source,
             destination,
+            preset=preset,
             weights=weights,
+            activations=activations,
             kv=kv,
-            overrides=overrides or None,
             range_=weight_range,
             tokenizer=tokenizer,
             name=name,
@@ -95,6 +128,7 @@ def command(
         ("written", made),
         ("family", report.family),
         ("weights", f"{report.weights}, {report.effective_bits:.2f} bits per weight"),
+        ("activations", report.activations),
         ("parameters", f"{report.parameters:,} in {len(report.linears)} linears"),
         ("size", f"{human_bytes(report.total_bytes)} from {human_bytes(report.source_bytes)}"),
         ("KV default", report.kv),
@@ -104,9 +138,22 @@ def command(
         rows.append(("left out", f"{len(report.left_out)} tensors"))
     rows += [("note", note) for note in report.notes]
     console.print(pairs("conversion", rows))
+    table = Table(title="\nparts", title_justify="left", box=None)
+    for column in ("part", "linears", "parameters", "size", "bits", "error"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part in report.parts():
+        table.add_row(
+            part.part,
+            str(part.linears),
+            f"{part.parameters:,}",
+            human_bytes(part.bytes),
+            f"{part.effective_bits:.2f}",
+            "-" if part.relative_error is None else f"{part.relative_error:.4f}",
+        )
+    console.print(table)
     worst = report.worst()
     if worst:
-        table = Table(title="largest relative errors", title_justify="left", box=None)
+        table = Table(title="\nlargest relative errors", title_justify="left", box=None)
         for column in ("slot", "format", "shape", "error"):
             table.add_column(column)
         for entry in worst:

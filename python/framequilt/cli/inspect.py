@@ -37,7 +37,9 @@ def describe(path: str, *, verify: bool) -> dict[str, Any]:
     config = directory.config
     formats: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for slot, entry in config["linears"].items():
-        row = formats[directory.format_of(slot).name]
+        inputs = directory.activations_of(slot)
+        name = directory.format_of(slot).name
+        row = formats[name if inputs is None else f"{name} {inputs.name}"]
         row["linears"] += 1
         row["parameters"] += entry["out"] * entry["in"]
         row["bytes"] += directory.linear_bytes(slot)
@@ -59,6 +61,7 @@ def describe(path: str, *, verify: bool) -> dict[str, Any]:
         "name": config["name"],
         "source": config["source"],
         "weights": config["weights"],
+        "activations": config["source"].get("activations", "a16"),
         "decoder": config["decoder"],
         "vision": config["vision"],
         "projector": config["projector"],
@@ -96,10 +99,13 @@ def _decoder_line(decoder: Mapping[str, Any]) -> str:
 def _show(record: Mapping[str, Any], plan: Mapping[str, Any] | None, refusal: str) -> None:
     console = out()
     vision = record["vision"]
-    source = ", ".join(f"{k} {v}" for k, v in record["source"].items() if v)
+    said = {key: value for key, value in record["source"].items() if value}
+    chosen = [(key, said.pop(key)) for key in ("preset", "method", "quantization") if key in said]
+    said.pop("activations", None)
     rows = [
         ("name", record["name"]),
-        ("source", source),
+        ("source", ", ".join(f"{key} {value}" for key, value in said.items())),
+        *chosen,
         ("decoder", _decoder_line(record["decoder"])),
     ]
     if vision is not None:
@@ -111,7 +117,9 @@ def _show(record: Mapping[str, Any], plan: Mapping[str, Any] | None, refusal: st
                 f"newline {record['visual']['newline']}",
             )
         )
-    rows.append(("weights", f"{record['parameters']:,}, {record['effective_bits']:.2f} bits each"))
+    bits = f"{record['effective_bits']:.2f} bits each"
+    rows.append(("weights", f"{record['weights']}: {record['parameters']:,}, {bits}"))
+    rows.append(("activations", record["activations"]))
     default = record["defaults"]["kv"]
     per_token = ", ".join(
         f"{kv} {human_bytes(size)}{' (default)' if kv == default else ''}"

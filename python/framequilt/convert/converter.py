@@ -12,13 +12,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from framequilt.convert import families
+from framequilt.convert import families, presets
 from framequilt.convert.coded import CodedTensor
 from framequilt.convert.plan import Linear, Method, Plan
 from framequilt.convert.report import ConversionReport, LinearReport, Progress
@@ -30,6 +31,7 @@ from framequilt.errors import Cancelled, CorruptModel, InvalidArgument
 from framequilt.model_directory import DEFAULT_SHARD_BYTES, DirectoryWriter
 from framequilt.quantize import (
     ActivationScheme,
+    Scheme,
     dequantize,
     pack_quantized,
     pack_rows,
@@ -48,9 +50,10 @@ def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
+    preset: str | None = None,
     weights: str | None = None,
     activations: str | None = None,
-    kv: str = "kv8",
+    kv: str | None = None,
     overrides: Mapping[str, str] | None = None,
     range_: Range = "include_zero",
     method: Method | None = None,
@@ -66,20 +69,22 @@ def convert(
 
     `weights` and `activations` are schemes (`framequilt.quantize.schemes`), such as
     "w4g128,lm_head=w8" and "a8"; `overrides` are more patterns of slots and weight formats. None is
-    "keep" for a checkpoint that is quantized already and "w4g128" for others; activations are then
-    those that the checkpoint says, or float32. `method` calibrates the weights first
-    (`framequilt.convert.plan.Method`). `kv` and `similarity_lower_bound` are only recorded as the
-    model's defaults (None: what the family or the checkpoint recommends). `range_` "reference" is
-    the paper's quantizer. `tokenizer` is another directory to take tokenizer and chat template
-    from. A dry run does all but read the weights, calibrate and write.
+    what the `preset` says (`framequilt.convert.presets`); without one it is "keep" for a checkpoint
+    that is quantized already and "w4g128" for others, and the activations that the checkpoint says,
+    or float32. `method` calibrates the weights first (`framequilt.convert.plan.Method`). `kv`
+    (None: the preset's, or "kv8") and `similarity_lower_bound` (None: what the family or the
+    checkpoint recommends) are only recorded as the model's defaults. `range_` "reference" is the
+    paper's quantizer. `tokenizer` is another directory to take tokenizer and chat template from. A
+    dry run does all but read the weights, calibrate and write.
 
     `progress` is called after every piece, `cancelled` before it; when it returns true, or when
     either raises, nothing is left on disk. Errors: NotFound, CorruptModel, Unsupported,
     InvalidArgument (also for an existing destination), IoError, Cancelled; those of the method.
     """
     began = time.monotonic()
-    parse_scheme(weights or DEFAULT_WEIGHTS, overrides)  # before anything is read
-    inputs = None if activations is None else parse_activation_scheme(activations)
+    chosen = None if preset is None else presets.find(preset)
+    wish = _wish(chosen, weights, activations, overrides)
+    kv = kv or (chosen.kv if chosen else "kv8")
     if kv not in KV_FORMATS:
         raise InvalidArgument(f"{kv!r} is no KV format", f"known: {', '.join(KV_FORMATS)}")
     if range_ not in RANGES:
@@ -89,7 +94,7 @@ def convert(
         raise InvalidArgument(f"{target} exists already", "choose another destination")
     opened = open_source(Path(source))
     other = None if tokenizer is None else _tokenizer_source(Path(tokenizer))
-    plan = _plan(opened, weights, overrides, inputs, other)
+    plan = _plan(opened, wish, other)
     check = _checker(cancelled)
     source_bytes = sum(tensor.bytes for tensor in plan.found.values() if tensor is not None)
     notes = _notes(plan)
@@ -105,7 +110,7 @@ def convert(
         activations=_activations_name(plan),
         kv=kv,
         written=False,
-        config=_config(plan, name or target.name, kv, similarity_lower_bound, method),
+        config=_config(plan, name or target.name, kv, similarity_lower_bound, chosen, method),
         left_out=dict(plan.left_out),
         notes=notes,
         source_bytes=source_bytes,
@@ -130,13 +135,36 @@ def convert(
     return report
 
 
-def _plan(
-    source: Source,
+@dataclass(frozen=True)
+class _Wish:
+    """What was asked for. `coded` are the weights of a checkpoint that is quantized already."""
+
+    plain: Scheme
+    coded: Scheme
+    activations: ActivationScheme | None
+
+
+def _wish(
+    preset: presets.Preset | None,
     weights: str | None,
+    activations: str | None,
     overrides: Mapping[str, str] | None,
-    activations: ActivationScheme | None,
-    tokenizer: Source | None,
-) -> Plan:
+) -> _Wish:
+    """Errors: InvalidArgument."""
+    if weights is not None:
+        plain = coded = parse_scheme(weights, overrides)
+    elif preset is not None:
+        plain = coded = parse_scheme(preset.weights, overrides, optional=True)
+    else:
+        plain, coded = parse_scheme(DEFAULT_WEIGHTS, overrides), parse_scheme(KEEP, overrides)
+    if activations is not None:
+        return _Wish(plain, coded, parse_activation_scheme(activations))
+    if preset is not None:
+        return _Wish(plain, coded, parse_activation_scheme(preset.activations, optional=True))
+    return _Wish(plain, coded, None)
+
+
+def _plan(source: Source, wish: _Wish, tokenizer: Source | None) -> Plan:
     family = families.find(source)
     description = family.describe(source)
     check_limits(description.model)
@@ -155,8 +183,8 @@ def _plan(
         description,
         family.name,
         read_tokens(source, description.text_config, vocab, tokenizer),
-        parse_scheme(weights or (KEEP if coded else DEFAULT_WEIGHTS), overrides),
-        activations,
+        wish.coded if coded else wish.plain,
+        wish.activations,
         wanted,
         found,
         left_out,
@@ -195,6 +223,7 @@ def _config(
     name: str,
     kv: str,
     similarity_lower_bound: float | None,
+    preset: presets.Preset | None,
     method: Method | None,
 ) -> dict[str, Any]:
     """config.json without `format`, `version` and `files`."""
@@ -219,6 +248,8 @@ def _config(
     }
     if source.quantization:
         origin["quantization"] = source.quantization
+    if preset is not None:
+        origin["preset"] = preset.summary
     if method is not None:
         origin["method"] = method.name
     return {

@@ -8,8 +8,8 @@
 The first word is for the whole model. The decoder's linears get exactly it; with a format of fewer
 than 8 bits the embedding, the head and everything visual keep 8 bits with the same group: they are
 a small part of the work of a large model, and the first to lose quality. Activations are quantized
-in the linears of decoder layers only, as in "Evaluating Quantized Large Language Models" (arXiv
-2402.18158): head, tower and projector take part where a pattern names them, the embedding never.
+in every linear with codes but the head, as in "Evaluating Quantized Large Language Models" (arXiv
+2402.18158); the head takes part where a pattern names it, the lookup of the embedding never.
 
 A pattern is a slot's name with `*` and `?`; a name without them also means all that lies below it.
 `lm_head` (or `head`), `embedding` and `layers.*` are short for the decoder's slots. The last
@@ -131,7 +131,7 @@ class ActivationScheme:
     """Activation formats of a whole model; None is float32."""
 
     name: str
-    layers: ActivationFormat | None  # linears of decoder layers
+    linears: ActivationFormat | None  # all but embedding and head
     overrides: tuple[Override[ActivationFormat | None], ...] = ()
 
     def format_of(self, slot: str, *, tied: bool = False) -> ActivationFormat | None:
@@ -142,7 +142,7 @@ class ActivationScheme:
             return chosen.format if tied and asked and chosen is not None else None
         if chosen is not None:
             return chosen.format
-        return self.layers if slot.startswith("decoder.layers.") else None
+        return None if slot == HEAD else self.linears
 
     def asked_for(self, slot: str, *, tied: bool = False) -> bool:
         """Whether a pattern, and not the whole model's format, names this slot."""
@@ -170,13 +170,22 @@ def _name(main: str, overrides: Iterable[tuple[str, str]]) -> str:
     return ",".join([main, *(f"{pattern}={name}" for pattern, name in overrides)])
 
 
-def parse_scheme(text: str, overrides: Mapping[str, str] | None = None) -> Scheme:
+def _optional(overrides: Iterable[Override[F]]) -> tuple[Override[F], ...]:
+    return tuple(replace(entry, required=False) for entry in overrides)
+
+
+def parse_scheme(
+    text: str, overrides: Mapping[str, str] | None = None, *, optional: bool = False
+) -> Scheme:
     """A scheme from its text; `overrides` are more patterns and format names, after the text's.
 
     With `keep` as its first word, linears that the checkpoint holds in full precision get the side
-    format of `w4g128`, which is 8 bits. Errors: InvalidArgument.
+    format of `w4g128`, which is 8 bits. `optional`: the text's patterns may match nothing. Errors:
+    InvalidArgument.
     """
     main_text, listed = _split(text, parse_format)
+    if optional:
+        listed = _optional(listed)
     listed += tuple(
         Override(pattern, parse_format(name)) for pattern, name in (overrides or {}).items()
     )
@@ -194,9 +203,11 @@ def parse_scheme(text: str, overrides: Mapping[str, str] | None = None) -> Schem
     )
 
 
-def parse_activation_scheme(text: str) -> ActivationScheme:
+def parse_activation_scheme(text: str, *, optional: bool = False) -> ActivationScheme:
     """Activations of a model from their text. Errors: InvalidArgument."""
     main, listed = _split(text, parse_activations)
+    if optional:
+        listed = _optional(listed)
     form = parse_activations(main or "a16")
     named = ((o.pattern, o.format.name if o.format else "a16") for o in listed)
     return ActivationScheme(_name(main or "a16", named), form, listed)
