@@ -84,10 +84,11 @@ void report(const std::string& name, const Options& options, const Timing& t, do
 // Copies of one linear, at least 64 MB together (few rows), so that weights come from memory as
 // they do in a model.
 void bench_linear(const backend::Backend& backend, ThreadPool& pool, const Options& options,
-                  const char* label, const model::WeightFormat& format, int out, int in,
-                  int64_t rows) {
-  const std::string name = std::string("linear ") + label + " " + std::to_string(out) + "x" +
-                           std::to_string(in) + " rows " + std::to_string(rows);
+                  const model::WeightFormat& format, const model::ActivationFormat& activations,
+                  int out, int in, int64_t rows) {
+  const std::string name =
+      "linear " + format.name() + " " + (activations.quantized() ? activations.name() + " " : "") +
+      std::to_string(out) + "x" + std::to_string(in) + " rows " + std::to_string(rows);
   if (name.find(options.filter) == std::string::npos) return;
   const auto weights = random_values(static_cast<size_t>(out) * static_cast<size_t>(in));
   auto packed =
@@ -101,7 +102,7 @@ void bench_linear(const backend::Backend& backend, ThreadPool& pool, const Optio
   }
   const auto x = random_values(static_cast<size_t>(rows * in));
   std::vector<float> y(static_cast<size_t>(rows * out));
-  const backend::LinearFn kernel = *backend.linear(format);
+  const backend::LinearFn kernel = *backend.linear(format, activations);
   const Timing timing = time_calls(
       [&] {
         for (auto& buffer : data) {
@@ -113,7 +114,8 @@ void bench_linear(const backend::Backend& backend, ThreadPool& pool, const Optio
                   .w = &view,
                   .y = y.data(),
                   .y_stride = out,
-                  .accumulate = false},
+                  .accumulate = false,
+                  .activations = activations},
                  pool);
         }
       },
@@ -238,16 +240,19 @@ int run(const Options& options) {
   ThreadPool pool(options.threads);
   shown.threads = pool.threads();
   using Kind = model::WeightFormat::Kind;
-  const std::pair<const char*, model::WeightFormat> formats[] = {
-      {"w4g128", {.kind = Kind::kAffine, .bits = 4, .group = 128}},
-      {"w8g128", {.kind = Kind::kAffine, .bits = 8, .group = 128}},
-      {"bf16", {.kind = Kind::kBF16}},
-      {"f32", {.kind = Kind::kF32}}};
-  for (const auto& [label, format] : formats) {
+  std::vector<std::pair<model::WeightFormat, model::ActivationFormat>> formats;
+  for (const int bits : {4, 8, 2, 3, 5, 6}) {
+    const model::WeightFormat format{.kind = Kind::kAffine, .bits = bits, .group = 128};
+    formats.push_back({format, {.bits = 8}});
+    formats.push_back({format, {}});
+  }
+  formats.push_back({{.kind = Kind::kBF16}, {}});
+  formats.push_back({{.kind = Kind::kF32}, {}});
+  for (const auto& [format, activations] : formats) {
     for (const auto& [out, in] :
          {std::pair{4864, 896}, std::pair{896, 4864}, std::pair{3584, 18944}}) {
       for (const int64_t rows : {1, 2, 4, 8, 16, 32, 512}) {
-        bench_linear(**backend, pool, shown, label, format, out, in, rows);
+        bench_linear(**backend, pool, shown, format, activations, out, in, rows);
       }
     }
   }

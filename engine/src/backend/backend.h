@@ -29,7 +29,8 @@ class Backend {
   virtual ~Backend() = default;
   virtual std::string name() const = 0;  // "cpu avx3", "cpu scalar"
 
-  virtual Result<LinearFn> linear(const model::WeightFormat& format) const = 0;
+  virtual Result<LinearFn> linear(const model::WeightFormat& format,
+                                  const model::ActivationFormat& activations) const = 0;
   virtual Result<NormFn> norm(model::NormKind kind) const = 0;
   virtual Result<RopeFn> rope() const = 0;
   virtual Result<KvAppendFn> kv_append(const quant::KvPageLayout& layout) const = 0;

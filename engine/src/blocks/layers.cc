@@ -1,12 +1,41 @@
 #include "src/blocks/layers.h"
 
+#include <algorithm>
+#include <vector>
+
 namespace fq::blocks {
 
 Result<Linear> Linear::bind(const Binder& binder, const std::string& slot, bool bias) {
   Linear linear;
   FQ_ASSIGN_OR_RETURN(linear.weights_, quant::bind_linear(binder.directory, slot, bias));
-  FQ_ASSIGN_OR_RETURN(linear.fn_, binder.backend.linear(linear.weights_.format));
+  linear.activations_ = binder.directory.spec().linears.at(slot).activations;
+  const bool affine = linear.weights_.format.kind == model::WeightFormat::Kind::kAffine;
+  const bool table = slot == "decoder.embedding" || slot == "decoder.head";
+  if (binder.activations && affine && !table) linear.activations_ = *binder.activations;
+  FQ_ASSIGN_OR_RETURN(linear.fn_,
+                      binder.backend.linear(linear.weights_.format, linear.activations_));
+  if (!linear.activations_.symmetric) FQ_RETURN_IF_ERROR(linear.bind_row_sums(binder));
   return linear;
+}
+
+// One product with inputs of 1 reads all weights once; only asymmetric inputs need it.
+Status Linear::bind_row_sums(const Binder& binder) {
+  FQ_ASSIGN_OR_RETURN(const backend::LinearFn sum, binder.backend.linear(weights_.format, {}));
+  const size_t padded = static_cast<size_t>(weights_.tiles) * quant::kTileRows;
+  row_sums_.reserve(padded);
+  std::fill_n(row_sums_.data(), padded, 0.0f);
+  const std::vector<float> ones(static_cast<size_t>(weights_.in), 1.0f);
+  quant::LinearWeights unbiased = weights_;
+  unbiased.bias = nullptr;
+  sum({.x = ones.data(),
+       .x_stride = weights_.in,
+       .rows = 1,
+       .w = &unbiased,
+       .y = row_sums_.data(),
+       .y_stride = weights_.out},
+      binder.pool);
+  weights_.row_sums = row_sums_.data();
+  return {};
 }
 
 namespace {

@@ -3,10 +3,12 @@
 // file.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "framequilt/status.h"
 #include "src/backend/backend.h"
+#include "src/core/aligned.h"
 #include "src/model/directory.h"
 #include "src/quant/linear_weights.h"
 
@@ -16,6 +18,9 @@ namespace fq::blocks {
 struct Binder {
   const model::ModelDirectory& directory;
   const backend::Backend& backend;
+  ThreadPool& pool;
+  // Instead of what the model says about the inputs of its linears; embedding and head keep it.
+  std::optional<model::ActivationFormat> activations;
 };
 
 class Linear {
@@ -25,6 +30,7 @@ class Linear {
   int out() const { return weights_.out; }
   int in() const { return weights_.in; }
   const quant::LinearWeights& weights() const { return weights_; }
+  const model::ActivationFormat& activations() const { return activations_; }
 
   // y[rows, out] = (or +=) x[rows, in] W^T + bias
   void run(const float* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride,
@@ -35,13 +41,18 @@ class Linear {
          .w = &weights_,
          .y = y,
          .y_stride = y_stride,
-         .accumulate = accumulate},
+         .accumulate = accumulate,
+         .activations = activations_},
         pool);
   }
 
  private:
+  Status bind_row_sums(const Binder& binder);
+
   quant::LinearWeights weights_;
+  model::ActivationFormat activations_;
   backend::LinearFn fn_ = nullptr;
+  AlignedBuffer<float> row_sums_;  // what weights_.row_sums points to
 };
 
 class Norm {

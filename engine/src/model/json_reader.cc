@@ -238,6 +238,8 @@ const json& ObjectReader::array(std::string_view key, size_t max_items) {
   return empty_array();
 }
 
+bool ObjectReader::has(std::string_view key) const { return object_->find(key) != object_->end(); }
+
 bool ObjectReader::null(std::string_view key) {
   const auto it = object_->find(key);
   if (it == object_->end() || !it->is_null()) return false;

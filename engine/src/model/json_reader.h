@@ -53,6 +53,8 @@ class ObjectReader {
   std::string text(std::string_view key, size_t max_bytes);
   ObjectReader object(std::string_view key);
   const nlohmann::json& array(std::string_view key, size_t max_items);
+  // Whether an optional key is there. It must still be read.
+  bool has(std::string_view key) const;
   // True (and the key is done with) when the value is null.
   bool null(std::string_view key);
   // One of the named values.

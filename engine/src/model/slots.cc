@@ -92,13 +92,16 @@ std::vector<TensorInfo> linear_tensors(const std::string& name, int64_t out, int
     case WeightFormat::Kind::kAffine:
       break;
   }
-  // A 32-byte block holds 8 rows of 4 inputs (8 bits) or of 8 inputs (4 bits).
-  const int64_t block_inputs = format.bits == 4 ? 8 : 4;
+  // 32 inputs of 8 rows take as many blocks of 32 bytes as a code has bits.
   const int64_t groups = format.group == 0 ? 1 : (in + format.group - 1) / format.group;
   std::vector<TensorInfo> result = {
-      {name + ".codes", DType::kU8, {tiles, round_up(in, 32) / block_inputs, 8, 4}},
+      {name + ".codes", DType::kU8, {tiles, round_up(in, 32) / 32 * format.bits, 8, 4}},
       {name + ".scales", format.scale, {tiles, groups, 8}}};
-  if (!format.symmetric) result.push_back({name + ".zeros", DType::kU8, {tiles, groups, 8}});
+  if (format.offset) {
+    result.push_back({name + ".offsets", format.scale, {tiles, groups, 8}});
+  } else if (!format.symmetric) {
+    result.push_back({name + ".zeros", DType::kU8, {tiles, groups, 8}});
+  }
   return result;
 }
 

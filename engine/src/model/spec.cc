@@ -229,18 +229,38 @@ WeightFormat read_format(ObjectReader reader) {
   format.kind = reader.choice<Kind>(
       "kind", {{"f32", Kind::kF32}, {"bf16", Kind::kBF16}, {"affine", Kind::kAffine}});
   if (format.kind == Kind::kAffine) {
-    format.bits = read_int(reader, "bits", 4, 8);
+    format.bits = read_int(reader, "bits", 2, 8);
     format.group = read_int(reader, "group", 0, 128);
     format.symmetric = reader.boolean("symmetric");
     format.scale = reader.choice<DType>("scale", {{"f16", DType::kF16}, {"f32", DType::kF32}});
-    if (format.bits != 4 && format.bits != 8) {
+    format.offset = reader.has("offset") && reader.boolean("offset");
+    if (!is_affine_bits(format.bits)) {
       reader.errors().add(reader.path_of("bits"),
-                          "expected 4 or 8, got " + std::to_string(format.bits));
+                          "expected 2, 3, 4, 5, 6 or 8, got " + std::to_string(format.bits));
     }
-    if (format.group != 0 && format.group != 32 && format.group != 64 && format.group != 128) {
+    if (!is_affine_group(format.group)) {
       reader.errors().add(reader.path_of("group"),
-                          "expected 0, 32, 64 or 128, got " + std::to_string(format.group));
+                          "expected 0, 16, 32, 64 or 128, got " + std::to_string(format.group));
     }
+    if (format.offset && format.symmetric) {
+      reader.errors().add(reader.path_of("offset"), "true, but the format is symmetric");
+    }
+  }
+  reader.finish();
+  return format;
+}
+
+ActivationFormat read_activations(ObjectReader reader, const WeightFormat& weights) {
+  ActivationFormat format;
+  format.bits = read_int(reader, "bits", 4, 8);
+  format.symmetric = reader.boolean("symmetric");
+  if (format.bits != 4 && format.bits != 6 && format.bits != 8) {
+    reader.errors().add(reader.path_of("bits"),
+                        "expected 4, 6 or 8, got " + std::to_string(format.bits));
+  }
+  if (weights.kind != WeightFormat::Kind::kAffine) {
+    reader.errors().add(reader.path_of("bits"),
+                        "activations are quantized for affine weights only");
   }
   reader.finish();
   return format;
@@ -264,6 +284,9 @@ void read_linears(ObjectReader reader, ModelSpec& spec) {
     linear.out = read_int(fields, "out", slot.out, slot.out);
     linear.in = read_int(fields, "in", slot.in, slot.in);
     linear.format = read_format(fields.object("format"));
+    if (fields.has("activations")) {
+      linear.activations = read_activations(fields.object("activations"), linear.format);
+    }
     fields.finish();
     if (reader.errors().any()) return;
     spec.linears.emplace(slot.name, linear);
@@ -411,8 +434,29 @@ std::string WeightFormat::name() const {
   std::string text = "w" + std::to_string(bits);
   text += group == 0 ? "row" : "g" + std::to_string(group);
   if (symmetric) text += "-sym";
+  if (offset) text += "-offset";
   if (scale == DType::kF32) text += "-f32scale";
   return text;
+}
+
+bool is_affine_bits(int bits) { return (bits >= 2 && bits <= 6) || bits == 8; }
+
+bool is_affine_group(int group) {
+  return group == 0 || group == 16 || group == 32 || group == 64 || group == 128;
+}
+
+std::string ActivationFormat::name() const {
+  return "a" + std::to_string(bits) + (quantized() && !symmetric ? "-asym" : "");
+}
+
+std::optional<ActivationFormat> parse_activation_format(std::string_view name) {
+  for (const int bits : {16, 8, 6, 4}) {
+    for (const bool symmetric : {true, false}) {
+      const ActivationFormat format{bits, symmetric};
+      if (format.name() == name) return format;
+    }
+  }
+  return std::nullopt;
 }
 
 }  // namespace fq::model

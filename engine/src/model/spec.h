@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "framequilt/types.h"
@@ -108,18 +109,35 @@ struct DefaultsSpec {
 struct WeightFormat {
   enum class Kind : uint8_t { kF32, kBF16, kAffine };
   Kind kind = Kind::kBF16;
-  int bits = 0;   // kAffine: 4 or 8
-  int group = 0;  // kAffine: inputs per group, 0: one group per output row
+  int bits = 0;   // kAffine: 2, 3, 4, 5, 6 or 8
+  int group = 0;  // kAffine: inputs per group (16, 32, 64, 128), 0: one group per output row
   bool symmetric = false;
   DType scale = DType::kF16;  // kAffine: F16 or F32
-  std::string name() const;   // "f32", "bf16", "w4g128", "w4g128-sym", "w8row"
+  bool offset = false;        // kAffine, not symmetric: a float offset instead of an integer zero
+  std::string name() const;   // "f32", "bf16", "w4g128", "w4g128-sym", "w8row", "w4g32-offset"
   bool operator==(const WeightFormat&) const = default;
 };
+// What the kernels and readers support; the other kinds are always valid.
+bool is_affine_bits(int bits);
+bool is_affine_group(int group);
+
+// How the input rows of a linear are quantized before the product (engine/CONTRACT.md, "Quantized
+// activations"): per token, dynamic.
+struct ActivationFormat {
+  int bits = 16;  // 16: not at all (float32 inputs), 8, 6 or 4
+  bool symmetric = true;
+  bool quantized() const { return bits != 16; }
+  std::string name() const;  // "a16", "a8", "a6", "a4", "a8-asym", ...
+  bool operator==(const ActivationFormat&) const = default;
+};
+// The format of a name, or nothing.
+std::optional<ActivationFormat> parse_activation_format(std::string_view name);
 
 struct LinearSpec {
   int out = 0;
   int in = 0;
   WeightFormat format;
+  ActivationFormat activations;
 };
 
 struct FileSpec {

@@ -1,12 +1,64 @@
-// Scalar reference of the linear op. Owns nothing; any thread.
+// Scalar references of the linear op, with float32 and with quantized inputs. Owns nothing; any
+// thread.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "src/ops/ops.h"
+#include "src/quant/activations.h"
 
 namespace fq::ops {
+namespace {
+
+void finish(const LinearArgs& args, int64_t row, int o, float sum) {
+  if (args.w->bias != nullptr) sum += args.w->bias[o];
+  float* const y = args.y + row * args.y_stride + o;
+  *y = args.accumulate ? sum + *y : sum;
+}
+
+void integer_reference(const LinearArgs& args) {
+  const quant::LinearWeights& w = *args.w;
+  const size_t in = static_cast<size_t>(w.in);
+  const int span = std::min(w.group, quant::kIntegerSpan);
+  std::vector<int8_t> inputs(static_cast<size_t>(args.rows) * in);
+  std::vector<quant::QuantizedRow> rows(static_cast<size_t>(args.rows));
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const float* const x = args.x + static_cast<int64_t>(r) * args.x_stride;
+    rows[r] = quant::quantize_row(x, w.in, args.activations, inputs.data() + r * in);
+  }
+  std::vector<int> codes(in);
+  for (int o = 0; o < w.out; ++o) {
+    for (int i = 0; i < w.in; ++i) codes[static_cast<size_t>(i)] = quant::weight_code_at(w, o, i);
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const int8_t* const x = inputs.data() + r * in;
+      float sum = 0.0f;
+      for (int begin = 0; begin < w.in; begin += span) {
+        int products = 0, of_inputs = 0;
+        for (size_t i = static_cast<size_t>(begin);
+             i < std::min(in, static_cast<size_t>(begin + span)); ++i) {
+          products += codes[i] * x[i];
+          of_inputs += x[i];
+        }
+        const int group = begin / w.group;
+        const float scale = quant::group_scale(w, o, group);
+        const float shift = w.offsets != nullptr
+                                ? quant::group_offset(w, o, group)
+                                : -static_cast<float>(quant::weight_zero(w, o, group)) * scale;
+        sum = std::fma(scale, static_cast<float>(products), sum);
+        sum = std::fma(shift, static_cast<float>(of_inputs), sum);
+      }
+      if (!args.activations.symmetric) {
+        sum = std::fma(-static_cast<float>(rows[r].zero), w.row_sums[o], sum);
+      }
+      finish(args, static_cast<int64_t>(r), o, sum * rows[r].scale);
+    }
+  }
+}
+
+}  // namespace
 
 void linear_reference(const LinearArgs& args) {
+  if (args.activations.quantized()) return integer_reference(args);
   const quant::LinearWeights& w = *args.w;
   std::vector<float> weight(static_cast<size_t>(w.in));
   for (int o = 0; o < w.out; ++o) {
@@ -15,9 +67,7 @@ void linear_reference(const LinearArgs& args) {
       const float* const x = args.x + row * args.x_stride;
       float sum = 0.0f;
       for (int i = 0; i < w.in; ++i) sum = std::fma(x[i], weight[static_cast<size_t>(i)], sum);
-      if (w.bias != nullptr) sum += w.bias[o];
-      float* const y = args.y + row * args.y_stride + o;
-      *y = args.accumulate ? sum + *y : sum;
+      finish(args, row, o, sum);
     }
   }
 }

@@ -8,6 +8,10 @@
 // one fixed order over its reduction axis:
 //   linear:     one float32 accumulator per output, inputs in ascending order, fused multiply-add
 //               of the dequantized weight; then + bias; then, if `accumulate`, + the old value.
+//               Quantized inputs: products summed as integers over each group (at most
+//               kIntegerSpan inputs), then for each in ascending order sum = fma(scale, products,
+//               sum), sum = fma(shift, inputs, sum), shift = -zero * scale or the offset;
+//               then (asymmetric) - zero_x * row_sums; then * scale_x, + bias, + old value.
 //   attention:  scores one accumulator over dims ascending; softmax online over pages ascending
 //               (see attention.cc).
 //   norms, similarity: 16 interleaved partial sums (see math.h).
@@ -30,6 +34,8 @@ struct LinearArgs {
   float* y = nullptr;  // [rows, out]
   int64_t y_stride = 0;
   bool accumulate = false;  // y += instead of y =
+  // Quantized inputs: integer products (engine/CONTRACT.md, 1.4), affine weights only.
+  model::ActivationFormat activations = {};
 };
 void linear_reference(const LinearArgs& args);
 

@@ -54,11 +54,27 @@ void pack_bf16(const float* weights, PackedLinear& p) {
 
 void put_code(PackedLinear& p, int row, int col, int code) {
   const LinearWeights& w = p.view;
-  const int per_block = w.format.bits == 8 ? 4 : 8;
-  const int64_t block = int64_t{row / kTileRows} * (w.padded_in() / per_block) + col / per_block;
-  std::byte& at = p.data[static_cast<size_t>((block * kTileRows + row % kTileRows) * 4 + col % 4)];
-  const int shift = w.format.bits == 4 && col % 8 >= 4 ? 4 : 0;
-  at |= static_cast<std::byte>(code << shift);
+  const int64_t superblock =
+      int64_t{row / kTileRows} * (w.padded_in() / kInputPadding) + col / kInputPadding;
+  int64_t block = superblock * w.format.bits;
+  const Planes planes = planes_of(w.format.bits);
+  for (int i = 0; i < planes.count; ++i) {
+    const Plane& plane = planes.plane[i];
+    const PlaneBit at = plane_bit(plane, col % kInputPadding);
+    const int part = code >> plane.shift & ((1 << plane.bits) - 1);
+    const int64_t byte = ((block + at.block) * kTileRows + row % kTileRows) * 4 + at.byte;
+    p.data[static_cast<size_t>(byte)] |= static_cast<std::byte>(part << at.bit);
+    block += plane.blocks;
+  }
+}
+
+// A table entry of the scales' type.
+void put_number(AlignedBuffer<std::byte>& table, int64_t index, float value, DType dtype) {
+  if (dtype == DType::kF32) {
+    put(table, index, value);
+  } else {
+    put(table, index, half_from_float_saturated(value));
+  }
 }
 
 void pack_affine(const float* weights, AffineRange range, PackedLinear& p) {
@@ -68,13 +84,17 @@ void pack_affine(const float* weights, AffineRange range, PackedLinear& p) {
   const int scale_bytes = static_cast<int>(dtype_bytes(f.scale));
   allocate(p.data, p.data_bytes, int64_t{padded_out} * w.padded_in() * f.bits / 8);
   allocate(p.scales, p.scale_bytes, int64_t{padded_out} * w.groups * scale_bytes);
-  if (!f.symmetric) allocate(p.zeros, p.zero_bytes, int64_t{padded_out} * w.groups);
+  if (f.offset) {
+    allocate(p.offsets, p.offset_bytes, int64_t{padded_out} * w.groups * scale_bytes);
+  } else if (!f.symmetric) {
+    allocate(p.zeros, p.zero_bytes, int64_t{padded_out} * w.groups);
+  }
   for (int row = 0; row < padded_out; ++row) {
     for (int g = 0; g < w.groups; ++g) {
       const int begin = g * w.group;
       const int end = std::min(begin + w.group, w.in);
       const int padded_end = std::min(begin + w.group, w.padded_in());
-      WeightGroup group{.scale = 0, .zero = f.symmetric ? 1 << (f.bits - 1) : 0};
+      WeightGroup group{.scale = 0, .zero = f.symmetric ? 1 << (f.bits - 1) : 0, .offset = 0};
       const float* const x = weights + int64_t{row} * w.in;
       if (row < w.out) group = weight_group(x + begin, end - begin, f, range);
       for (int col = begin; col < padded_end; ++col) {
@@ -82,16 +102,17 @@ void pack_affine(const float* weights, AffineRange range, PackedLinear& p) {
         put_code(p, row, col, real ? weight_code(x[col], group, f.bits) : group.zero);
       }
       const int64_t at = (int64_t{row / kTileRows} * w.groups + g) * kTileRows + row % kTileRows;
-      if (f.scale == DType::kF32) {
-        put(p.scales, at, group.scale);
-      } else {
-        put(p.scales, at, half_from_float_saturated(group.scale));
+      put_number(p.scales, at, group.scale, f.scale);
+      if (f.offset) {
+        put_number(p.offsets, at, group.offset, f.scale);
+      } else if (!f.symmetric) {
+        p.zeros[static_cast<size_t>(at)] = static_cast<std::byte>(group.zero);
       }
-      if (!f.symmetric) p.zeros[static_cast<size_t>(at)] = static_cast<std::byte>(group.zero);
     }
   }
   w.scales = p.scales.data();
-  w.zeros = f.symmetric ? nullptr : reinterpret_cast<const uint8_t*>(p.zeros.data());
+  if (f.offset) w.offsets = p.offsets.data();
+  if (!f.symmetric && !f.offset) w.zeros = reinterpret_cast<const uint8_t*>(p.zeros.data());
 }
 
 }  // namespace
@@ -110,6 +131,10 @@ WeightGroup weight_group(const float* x, int n, const WeightFormat& format, Affi
   group.scale = stored_scale(affine_params(x, n, format.bits, include_zero).scale, format.scale);
   float low = include_zero ? 0.0f : x[0];
   for (int i = 0; i < n; ++i) low = std::min(low, x[i]);
+  if (format.offset) {
+    group.offset = stored_scale(low, format.scale);
+    return group;
+  }
   const float qmax = static_cast<float>((1 << format.bits) - 1);
   group.zero = static_cast<int>(clamped(-std::nearbyint(low / group.scale), 0.0f, qmax));
   return group;
@@ -118,7 +143,8 @@ WeightGroup weight_group(const float* x, int n, const WeightFormat& format, Affi
 int weight_code(float x, WeightGroup group, int bits) {
   const float qmax = static_cast<float>((1 << bits) - 1);
   return static_cast<int>(
-      clamped(std::nearbyint(x / group.scale) + static_cast<float>(group.zero), 0.0f, qmax));
+      clamped(std::nearbyint((x - group.offset) / group.scale) + static_cast<float>(group.zero),
+              0.0f, qmax));
 }
 
 Result<PackedLinear> pack_linear(const float* weights, int out, int in, const WeightFormat& format,
@@ -137,13 +163,14 @@ Result<PackedLinear> pack_linear(const float* weights, int out, int in, const We
       pack_bf16(weights, packed);
       break;
     case WeightFormat::Kind::kAffine:
-      if ((format.bits != 4 && format.bits != 8) ||
+      if (!model::is_affine_bits(format.bits) || !model::is_affine_group(format.group) ||
           (format.scale != DType::kF16 && format.scale != DType::kF32) ||
-          (format.group != 0 && format.group != 32 && format.group != 64 && format.group != 128)) {
-        return Error{Code::kUnsupported,
-                     "weights cannot be packed as " + std::to_string(format.bits) +
-                         " bits in groups of " + std::to_string(format.group),
-                     "4 or 8 bits, groups of 32, 64, 128 or 0 (per row), F16 or F32 scales"};
+          (format.offset && format.symmetric)) {
+        return Error{
+            Code::kUnsupported,
+            "weights cannot be packed as " + std::to_string(format.bits) + " bits in groups of " +
+                std::to_string(format.group),
+            "2 to 6 or 8 bits, groups of 16, 32, 64, 128 or 0 (per row), F16 or F32 scales"};
       }
       w.group = format.group == 0 ? w.padded_in() : format.group;
       w.groups = (in + w.group - 1) / w.group;
@@ -151,7 +178,8 @@ Result<PackedLinear> pack_linear(const float* weights, int out, int in, const We
       break;
   }
   w.data = packed.data.data();
-  w.bytes = static_cast<int64_t>(packed.data_bytes + packed.scale_bytes + packed.zero_bytes);
+  w.bytes = static_cast<int64_t>(packed.data_bytes + packed.scale_bytes + packed.zero_bytes +
+                                 packed.offset_bytes);
   return packed;
 }
 

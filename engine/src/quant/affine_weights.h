@@ -19,10 +19,12 @@ namespace fq::quant {
 enum class AffineRange : uint8_t { kReference, kIncludeZero };
 
 // One quantized group: code = clamp(round(x / scale) + zero); value = (code - zero) * scale.
-// Symmetric: zero is 2^(bits-1). `scale` is already rounded to its stored type.
+// Symmetric: zero is 2^(bits-1). With offset: zero is 0 and value = code * scale + offset. `scale`
+// and `offset` are already rounded to their stored type.
 struct WeightGroup {
   float scale = 0;
   int zero = 0;
+  float offset = 0;
 };
 WeightGroup weight_group(const float* x, int n, const model::WeightFormat& format,
                          AffineRange range);
@@ -31,8 +33,8 @@ int weight_code(float x, WeightGroup group, int bits);
 // Owns what `view` points to. Moving keeps the view valid; bias is the caller's.
 struct PackedLinear {
   LinearWeights view;
-  AlignedBuffer<std::byte> data, scales, zeros;
-  size_t data_bytes = 0, scale_bytes = 0, zero_bytes = 0;
+  AlignedBuffer<std::byte> data, scales, zeros, offsets;
+  size_t data_bytes = 0, scale_bytes = 0, zero_bytes = 0, offset_bytes = 0;
 };
 
 // weights [out, in], row-major. `range` matters for asymmetric groups only. Errors: unsupported

@@ -91,27 +91,30 @@ Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const 
     }
     case WeightFormat::Kind::kAffine: {
       const WeightFormat& f = spec.format;
-      const bool group_ok = f.group == 0 || f.group == 32 || f.group == 64 || f.group == 128;
-      if ((f.bits != 4 && f.bits != 8) || !group_ok ||
-          (f.scale != DType::kF16 && f.scale != DType::kF32)) {
+      if (!model::is_affine_bits(f.bits) || !model::is_affine_group(f.group) ||
+          (f.scale != DType::kF16 && f.scale != DType::kF32) || (f.offset && f.symmetric)) {
         return Error{
             Code::kUnsupported,
             "linear '" + name + "' has " + std::to_string(f.bits) + "-bit weights in groups of " +
                 std::to_string(f.group) + " with " + std::string(dtype_name(f.scale)) + " scales",
-            "4 or 8 bits, groups of 32, 64, 128 or 0 (per row), F16 or F32 scales are supported"};
+            "2 to 6 or 8 bits, groups of 16, 32, 64, 128 or 0 (per row), F16 or F32 scales are "
+            "supported"};
       }
       w.group = f.group == 0 ? w.padded_in() : f.group;
       w.groups = (w.in + w.group - 1) / w.group;
-      const int64_t per_block = f.bits == 8 ? 4 : 8;
       FQ_ASSIGN_OR_RETURN(
           const TensorView* codes,
-          take(".codes", DType::kU8, {tiles, w.padded_in() / per_block, kTileRows, 4}));
+          take(".codes", DType::kU8, {tiles, w.padded_in() / 32 * f.bits, kTileRows, 4}));
       FQ_RETURN_IF_ERROR(check_aligned(*codes, name + ".codes"));
       FQ_ASSIGN_OR_RETURN(const TensorView* scales,
                           take(".scales", f.scale, {tiles, w.groups, kTileRows}));
       w.data = codes->bytes.data();
       w.scales = scales->bytes.data();
-      if (!f.symmetric) {
+      if (f.offset) {
+        FQ_ASSIGN_OR_RETURN(const TensorView* offsets,
+                            take(".offsets", f.scale, {tiles, w.groups, kTileRows}));
+        w.offsets = offsets->bytes.data();
+      } else if (!f.symmetric) {
         FQ_ASSIGN_OR_RETURN(const TensorView* zeros,
                             take(".zeros", DType::kU8, {tiles, w.groups, kTileRows}));
         w.zeros = reinterpret_cast<const uint8_t*>(zeros->bytes.data());
@@ -125,6 +128,73 @@ Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const 
     w.bias = view->f32();
   }
   return w;
+}
+
+Planes planes_of(int bits) {
+  switch (bits) {
+    case 3:
+      return {2, {{2, 0, 2}, {1, 2, 1}}};
+    case 5:
+      return {2, {{4, 0, 4}, {1, 4, 1}}};
+    case 6:
+      return {2, {{4, 0, 4}, {2, 4, 2}}};
+    default:
+      return {1, {{bits, 0, bits}, {}}};
+  }
+}
+
+PlaneBit plane_bit(const Plane& plane, int input) {
+  const int per_block = kInputPadding / plane.bits;
+  const int in_block = input % per_block;
+  return {input / per_block, in_block % 4, in_block / 4 * plane.bits};
+}
+
+namespace {
+
+int64_t group_index(const LinearWeights& w, int row, int group) {
+  return (int64_t{row / kTileRows} * w.groups + group) * kTileRows + row % kTileRows;
+}
+
+float load_scale(const void* table, int64_t index, DType dtype) {
+  if (dtype == DType::kF32) {
+    float value;
+    std::memcpy(&value, static_cast<const std::byte*>(table) + index * 4, sizeof value);
+    return value;
+  }
+  uint16_t half;
+  std::memcpy(&half, static_cast<const std::byte*>(table) + index * 2, sizeof half);
+  return float_from_half(half);
+}
+
+}  // namespace
+
+float group_scale(const LinearWeights& w, int row, int group) {
+  return load_scale(w.scales, group_index(w, row, group), w.format.scale);
+}
+
+float group_offset(const LinearWeights& w, int row, int group) {
+  return load_scale(w.offsets, group_index(w, row, group), w.format.scale);
+}
+
+int weight_zero(const LinearWeights& w, int row, int group) {
+  return w.zeros != nullptr ? w.zeros[group_index(w, row, group)] : 1 << (w.format.bits - 1);
+}
+
+int weight_code_at(const LinearWeights& w, int row, int col) {
+  const int bits = w.format.bits;
+  const int64_t superblock =
+      int64_t{row / kTileRows} * (w.padded_in() / kInputPadding) + col / kInputPadding;
+  const auto* block = static_cast<const uint8_t*>(w.data) + superblock * bits * kTileRows * 4;
+  const Planes planes = planes_of(bits);
+  int code = 0;
+  for (int p = 0; p < planes.count; ++p) {
+    const Plane& plane = planes.plane[p];
+    const PlaneBit at = plane_bit(plane, col % kInputPadding);
+    const uint8_t byte = block[(at.block * kTileRows + row % kTileRows) * 4 + at.byte];
+    code |= (byte >> at.bit & ((1 << plane.bits) - 1)) << plane.shift;
+    block += plane.blocks * kTileRows * 4;
+  }
+  return code;
 }
 
 float weight_at(const LinearWeights& w, int row, int col) {
@@ -145,27 +215,14 @@ float weight_at(const LinearWeights& w, int row, int col) {
     std::memcpy(&value, at, sizeof value);
     return float_from_bf16(value);
   }
-  const auto* codes = static_cast<const uint8_t*>(w.data);
-  const int64_t group = (tile * w.groups + col / w.group) * kTileRows + r;
-  uint8_t code;
-  if (w.format.bits == 8) {
-    const int64_t block = tile * (w.padded_in() / 4) + col / 4;
-    code = codes[(block * kTileRows + r) * 4 + col % 4];
-  } else {
-    const int64_t block = tile * (w.padded_in() / 8) + col / 8;
-    const uint8_t both = codes[(block * kTileRows + r) * 4 + col % 4];
-    code = col % 8 < 4 ? both & 0xF : both >> 4;
+  const int group = col / w.group;
+  const float scale = group_scale(w, row, group);
+  const int code = weight_code_at(w, row, col);
+  if (w.offsets != nullptr) {
+    const float product = static_cast<float>(code) * scale;
+    return product + group_offset(w, row, group);
   }
-  float scale;
-  if (w.format.scale == DType::kF32) {
-    std::memcpy(&scale, static_cast<const std::byte*>(w.scales) + group * 4, sizeof scale);
-  } else {
-    uint16_t half;
-    std::memcpy(&half, static_cast<const std::byte*>(w.scales) + group * 2, sizeof half);
-    scale = float_from_half(half);
-  }
-  const int zero = w.zeros != nullptr ? w.zeros[group] : 1 << (w.format.bits - 1);
-  return static_cast<float>(code - zero) * scale;
+  return static_cast<float>(code - weight_zero(w, row, group)) * scale;
 }
 
 void dequantize_row(const LinearWeights& w, int row, float* out) {

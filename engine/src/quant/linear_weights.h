@@ -26,8 +26,13 @@ struct LinearWeights {
   const void* scales = nullptr;  // kAffine: F16 or F32 [tiles, groups, 8]
   // kAffine, asymmetric: U8 [tiles, groups, 8]. Symmetric: nullptr, zero is 2^(bits-1).
   const uint8_t* zeros = nullptr;
-  const float* bias = nullptr;  // [out] or nullptr
-  int64_t bytes = 0;            // of data + scales + zeros, for reports
+  const void* offsets = nullptr;  // kAffine with offset: of the scales' type, [tiles, groups, 8]
+  const float* bias = nullptr;    // [out] or nullptr
+  // [tiles * 8] sums of each row's weights, as the linear op itself gives them for inputs of 1:
+  // what the zeros of asymmetric activations cost. Only where those are used; owned by whoever
+  // bound it.
+  const float* row_sums = nullptr;
+  int64_t bytes = 0;  // of data + scales + zeros or offsets, for reports
 
   int padded_in() const { return (in + kInputPadding - 1) / kInputPadding * kInputPadding; }
 };
@@ -36,6 +41,32 @@ struct LinearWeights {
 // Errors: not_found, corrupt_model (shapes, dtypes), unsupported.
 Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const std::string& name,
                                   bool bias);
+
+// The planes of a superblock of 32 inputs (engine/CONTRACT.md, 1.3), in order.
+struct Plane {
+  int bits = 0;    // 1, 2, 4 or 8
+  int shift = 0;   // the code bits it holds begin here
+  int blocks = 0;  // of 32 bytes: bits
+};
+struct Planes {
+  int count = 0;
+  Plane plane[2];
+};
+Planes planes_of(int bits);
+
+// Where the bits of an input of a superblock lie in a plane: a byte of a row's words, and a bit.
+struct PlaneBit {
+  int block = 0;  // of the plane
+  int byte = 0;   // 0..3, of the row's word
+  int bit = 0;
+};
+PlaneBit plane_bit(const Plane& plane, int input);
+
+// Parameters of a group, as floats: value = code * scale + shift.
+float group_scale(const LinearWeights& w, int row, int group);
+int weight_zero(const LinearWeights& w, int row, int group);     // not with offset
+float group_offset(const LinearWeights& w, int row, int group);  // with offset only
+int weight_code_at(const LinearWeights& w, int row, int col);    // kAffine
 
 // Scalar references. One weight / one output row as float32 (in order of the input axis).
 float weight_at(const LinearWeights& w, int row, int col);

@@ -49,7 +49,16 @@ Result<std::shared_ptr<Engine::Impl>> Engine::Impl::create(std::shared_ptr<const
   impl->threads_ = std::make_unique<ThreadPool>(options.threads);
   FQ_ASSIGN_OR_RETURN(auto kv,
                       quant::parse_kv_format(options.kv.empty() ? spec.defaults.kv : options.kv));
-  const blocks::Binder binder{directory, *impl->backend_};
+  std::optional<model::ActivationFormat> activations;
+  if (!options.activations.empty()) {
+    activations = model::parse_activation_format(options.activations);
+    if (!activations) {
+      return invalid("no activation format '" + options.activations + "'",
+                     "known: a16 (not quantized), a8, a6, a4, a8-asym, a6-asym, a4-asym; leave it "
+                     "empty for what the model says");
+    }
+  }
+  const blocks::Binder binder{directory, *impl->backend_, *impl->threads_, activations};
   FQ_ASSIGN_OR_RETURN(impl->decoder_, blocks::Decoder::bind(binder, kv));
   if (spec.vision) {
     FQ_ASSIGN_OR_RETURN(impl->vision_, blocks::Vision::bind(binder));
@@ -432,11 +441,19 @@ std::string Engine::Impl::describe_kernels() const {
   std::string text = "backend: " + backend_->name() +
                      "\nkv: " + decoder_->kv_layout().format.name() + ", page " +
                      std::to_string(plan_.page_bytes) + " bytes per layer\n";
+  const auto chosen = model::parse_activation_format(options_.activations);
   std::map<std::string, int> formats;
-  for (const auto& [name, linear] : model_->directory().spec().linears)
-    ++formats[linear.format.name()];
+  for (const auto& [name, linear] : model_->directory().spec().linears) {
+    const bool affine = linear.format.kind == model::WeightFormat::Kind::kAffine;
+    const bool table = name == "decoder.embedding" || name == "decoder.head";
+    const model::ActivationFormat inputs =
+        chosen && affine && !table ? *chosen : linear.activations;
+    ++formats[linear.format.name() + (inputs.quantized()
+                                          ? " " + inputs.name() + ", integer products"
+                                          : ", float32 activations")];
+  }
   for (const auto& [format, count] : formats) {
-    text += "linear " + format + ": " + std::to_string(count) + " matrices, float32 activations\n";
+    text += "linear " + format + ": " + std::to_string(count) + " matrices\n";
   }
   return text;
 }

@@ -27,24 +27,31 @@ TEST(CpuBackend, UnknownTargetIsAnErrorThatNamesTheTargets) {
 TEST(CpuBackend, TargetsLiveSideBySide) {
   // A later backend must not change what an earlier one runs.
   std::vector<std::unique_ptr<const Backend>> backends;
-  std::vector<RopeFn> before;
+  const model::WeightFormat weights{model::WeightFormat::Kind::kAffine, 4, 32};
+  const auto kernel = [&](const Backend& backend) { return *backend.linear(weights, {.bits = 8}); };
+  std::vector<LinearFn> before;
   for (const std::string& target : cpu_targets()) {
     backends.push_back(backend_of(target));
-    before.push_back(*backends.back()->rope());
+    before.push_back(kernel(*backends.back()));
   }
   for (size_t i = 0; i < backends.size(); ++i) {
-    EXPECT_EQ(*backends[i]->rope(), before[i]);
+    EXPECT_EQ(kernel(*backends[i]), before[i]);
     for (size_t j = 0; j < i; ++j) EXPECT_NE(before[i], before[j]);
+    // A target that few kernels are compiled for gets the next best of the others.
+    EXPECT_NE(*backends[i]->rope(), nullptr);
   }
 }
 
 TEST(CpuBackend, UnsupportedFormatsAreRefusedByName) {
   const auto backend = backend_of("");
-  model::WeightFormat odd{.kind = model::WeightFormat::Kind::kAffine, .bits = 3};
-  const auto linear = backend->linear(odd);
+  model::WeightFormat odd{.kind = model::WeightFormat::Kind::kAffine, .bits = 7};
+  const auto linear = backend->linear(odd, {});
   ASSERT_FALSE(linear);
   EXPECT_EQ(linear.error().code, Code::kUnsupported);
-  EXPECT_NE(linear.error().hint.find("8 and 4"), std::string::npos);
+  EXPECT_NE(linear.error().hint.find("2 to 6 and 8"), std::string::npos);
+  const auto inputs = backend->linear({.kind = model::WeightFormat::Kind::kBF16}, {.bits = 8});
+  ASSERT_FALSE(inputs);
+  EXPECT_EQ(inputs.error().code, Code::kUnsupported);
   quant::KvPageLayout layout = *quant::KvPageLayout::make({.bits = 8}, 1, 64);
   layout.format.bits = 5;
   EXPECT_EQ(backend->attention(layout).error().code, Code::kUnsupported);

@@ -28,7 +28,7 @@ TEST(WeightQuantizer, EqualsTheReferenceBitForBit) {
   int cases = 0;
   for (const auto& [name, info] : manifest["files"]["weight_fp32.safetensors"]["cases"].items()) {
     const int bits = info["bits"], group_size = info["group_size"];
-    if ((bits != 4 && bits != 8) || info["per_tensor"]) continue;
+    if (info["per_tensor"]) continue;
     ++cases;
     SCOPED_TRACE(name);
     const bool symmetric = info["symmetric"];
@@ -59,7 +59,7 @@ TEST(WeightQuantizer, EqualsTheReferenceBitForBit) {
       }
     }
   }
-  EXPECT_EQ(cases, 16);
+  EXPECT_EQ(cases, 40);
 }
 
 TEST(WeightQuantizer, ScaleIsRoundedBeforeTheCodes) {
@@ -67,7 +67,7 @@ TEST(WeightQuantizer, ScaleIsRoundedBeforeTheCodes) {
   // (rounded) step.
   std::mt19937 random(5);
   std::normal_distribution<float> normal;
-  for (const int bits : {4, 8}) {
+  for (const int bits : {2, 3, 4, 5, 6, 8}) {
     for (const bool symmetric : {false, true}) {
       const WeightFormat format = affine_format(bits, 32, symmetric, DType::kF16);
       const float steps = static_cast<float>((1 << bits) - 1);
@@ -90,7 +90,7 @@ TEST(WeightQuantizer, ScaleIsRoundedBeforeTheCodes) {
 
 TEST(WeightPacking, PaddingIsThatOfTheContract) {
   const std::vector<float> w(5 * 37, 1.0f);
-  for (const int bits : {4, 8}) {
+  for (const int bits : {2, 3, 4, 5, 6, 8}) {
     for (const bool symmetric : {false, true}) {
       const auto p = pack_linear(w.data(), 5, 37, affine_format(bits, 32, symmetric),
                                  AffineRange::kIncludeZero);
@@ -116,7 +116,7 @@ TEST(WeightPacking, PaddingIsThatOfTheContract) {
 TEST(WeightPacking, UnknownFormatsAreRefused) {
   const std::vector<float> w(16, 1.0f);
   for (const WeightFormat& format :
-       {affine_format(3, 32), affine_format(4, 48), affine_format(8, 32, false, DType::kBF16)}) {
+       {affine_format(7, 32), affine_format(4, 48), affine_format(8, 32, false, DType::kBF16)}) {
     const auto packed = pack_linear(w.data(), 4, 4, format, AffineRange::kIncludeZero);
     ASSERT_FALSE(packed);
     EXPECT_EQ(packed.error().code, Code::kUnsupported);
@@ -168,7 +168,9 @@ INSTANTIATE_TEST_SUITE_P(Formats, BindLinear,
                          ::testing::Values(testing::f32_format(), testing::bf16_format(),
                                            affine_format(4, 32), affine_format(4, 0, true),
                                            affine_format(8, 64, false, DType::kF32),
-                                           affine_format(8, 128, true)));
+                                           affine_format(8, 128, true), affine_format(2, 16),
+                                           affine_format(3, 32), affine_format(5, 64, true),
+                                           affine_format(6, 0)));
 
 }  // namespace
 }  // namespace fq::quant

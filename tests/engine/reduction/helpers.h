@@ -24,7 +24,10 @@ class SimilarityOnlyBackend final : public backend::Backend {
   // nullptr: not even that one.
   explicit SimilarityOnlyBackend(backend::SimilarityFn similarity) : similarity_(similarity) {}
   std::string name() const override { return "similarity only"; }
-  Result<backend::LinearFn> linear(const model::WeightFormat&) const override { return none(); }
+  Result<backend::LinearFn> linear(const model::WeightFormat&,
+                                   const model::ActivationFormat&) const override {
+    return none();
+  }
   Result<backend::NormFn> norm(model::NormKind) const override { return none(); }
   Result<backend::RopeFn> rope() const override { return none(); }
   Result<backend::KvAppendFn> kv_append(const quant::KvPageLayout&) const override {

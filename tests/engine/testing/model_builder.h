@@ -169,8 +169,7 @@ inline std::vector<Tensor> pack(const std::string& name, std::vector<float>& w, 
   const int group = format.group == 0 ? padded_in : format.group;
   const int groups = format.group == 0 ? 1 : (in + group - 1) / group;
   const int levels = 1 << format.bits;
-  const int block_inputs = format.bits == 4 ? 8 : 4;
-  const int blocks = padded_in / block_inputs;
+  const int blocks = padded_in / 32 * format.bits;
   const bool half = format.scale == DType::kF16;
   Tensor codes{
       name + ".codes", "U8", {tiles, blocks, 8, 4}, std::string(size_t(tiles) * blocks * 32, 0)};
@@ -211,10 +210,19 @@ inline std::vector<Tensor> pack(const std::string& name, std::vector<float>& w, 
           }
           value = static_cast<float>(code - zero) * scale;
         }
-        const int inside = c % block_inputs;
-        const size_t byte =
-            ((size_t(r / 8) * blocks + c / block_inputs) * 8 + r % 8) * 4 + inside % 4;
-        codes.bytes[byte] = static_cast<char>(codes.bytes[byte] | (inside < 4 ? code : code << 4));
+        // A superblock of 32 inputs: planes of 8, 4 (+ 2 or 1) or 2 (+ 1) bits, one after another.
+        size_t block = size_t(r / 8) * blocks + size_t(c / 32) * format.bits;
+        for (int left = format.bits, done = 0; left > 0;) {
+          const int plane = left == 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+          const int per_block = 32 / plane, inside = c % 32 % per_block;
+          const size_t byte =
+              ((block + size_t(c % 32 / per_block)) * 8 + r % 8) * 4 + size_t(inside % 4);
+          const int part = code >> done & ((1 << plane) - 1);
+          codes.bytes[byte] = static_cast<char>(codes.bytes[byte] | part << inside / 4 * plane);
+          block += size_t(plane);
+          left -= plane;
+          done += plane;
+        }
       }
     }
   }

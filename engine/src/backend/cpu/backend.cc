@@ -16,16 +16,29 @@ class CpuBackend : public Backend {
 
   std::string name() const override { return "cpu " + target_; }
 
-  Result<LinearFn> linear(const model::WeightFormat& format) const override {
+  Result<LinearFn> linear(const model::WeightFormat& format,
+                          const model::ActivationFormat& activations) const override {
     using Kind = model::WeightFormat::Kind;
+    const bool affine = format.kind == Kind::kAffine;
+    const size_t bits = static_cast<size_t>(format.bits);
+    if (affine && !model::is_affine_bits(format.bits)) {
+      return Error{Code::kUnsupported,
+                   "backend '" + name() + "' has no linear kernel for " +
+                       std::to_string(format.bits) + "-bit weights",
+                   "it has f32, bf16, and affine weights of 2 to 6 and 8 bits"};
+    }
+    if (activations.quantized()) {
+      if (affine) return kernels_.linear_integer[bits];
+      return Error{Code::kUnsupported,
+                   "backend '" + name() + "' has no linear kernel for " + activations.name() +
+                       " inputs and " + format.name() + " weights",
+                   "inputs are quantized for affine weights only"};
+    }
     if (format.kind == Kind::kF32) return kernels_.linear_f32;
     if (format.kind == Kind::kBF16) return kernels_.linear_bf16;
-    if (format.bits == 8) return kernels_.linear_w8;
-    if (format.bits == 4) return kernels_.linear_w4;
-    return Error{Code::kUnsupported,
-                 "backend '" + name() + "' has no linear kernel for " +
-                     std::to_string(format.bits) + "-bit weights",
-                 "it has f32, bf16, and affine weights of 8 and 4 bits"};
+    if (format.offset && format.bits == 8) return kernels_.linear_offset8;
+    if (format.offset && format.bits == 4) return kernels_.linear_offset4;
+    return kernels_.linear_affine[bits];
   }
 
   Result<NormFn> norm(model::NormKind kind) const override {

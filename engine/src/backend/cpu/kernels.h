@@ -9,7 +9,10 @@
 namespace fq::backend::cpu {
 
 struct Kernels {
-  LinearFn linear_f32 = nullptr, linear_bf16 = nullptr, linear_w8 = nullptr, linear_w4 = nullptr;
+  LinearFn linear_f32 = nullptr, linear_bf16 = nullptr;
+  std::array<LinearFn, 9> linear_affine = {};  // by bits; those without a fast 8 and 4 take offsets
+  LinearFn linear_offset8 = nullptr, linear_offset4 = nullptr;
+  std::array<LinearFn, 9> linear_integer = {};  // by bits: quantized inputs
   NormFn rms_norm = nullptr, layer_norm = nullptr;
   RopeFn rope = nullptr;
   KvAppendFn kv_append = nullptr;   // reads the number format from the layout
@@ -26,6 +29,8 @@ Kernels scalar_kernels();
 // Each fills its part with the functions of the target that Highway has chosen at the time of the
 // call; simd_kernels() in targets.cc chooses it.
 void fill_linear_kernels(Kernels& kernels);
+void fill_planes_linear_kernels(Kernels& kernels);
+void fill_integer_linear_kernels(Kernels& kernels);
 void fill_row_kernels(Kernels& kernels);  // norms, rope, activations, similarity
 void fill_kv_append_kernels(Kernels& kernels);
 void fill_attention_kernels(Kernels& kernels);  // attention, importance, encoder attention

@@ -5,6 +5,7 @@
 #include <cctype>
 #include <mutex>
 
+#define FRAMEQUILT_WANT_VNNI 1
 #include "src/backend/cpu/disabled_targets.h"
 
 #include "hwy/highway.h"  // after the line above
@@ -27,9 +28,12 @@ std::vector<Target> simd_targets() {
 Kernels simd_kernels(const Target& target) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  hwy::GetChosenTarget().Update(target.highway);
+  // A file that is not compiled for the target itself takes the next best one.
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets() & ~(target.highway - 1));
   Kernels kernels;
   fill_linear_kernels(kernels);
+  fill_planes_linear_kernels(kernels);
+  fill_integer_linear_kernels(kernels);
   fill_row_kernels(kernels);
   fill_kv_append_kernels(kernels);
   fill_attention_kernels(kernels);

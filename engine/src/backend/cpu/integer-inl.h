@@ -1,0 +1,151 @@
+// The 4-way dot product of unsigned codes and signed inputs that integer linears are made of, on
+// every target: each int32 lane gains the sum of its 4 byte products, exactly. Included once per
+// SIMD target.
+//
+// Targets with a dot product instruction add it up in int32 at once. On the others a multiply-add
+// gives sums of pairs in int16, and several of these fit in int16 before they must be widened:
+// that halves the work of the usual sequence. Codes above 4 bits are cut into two planes of 4 bits
+// there, so that no pair can overflow.
+#if defined(FRAMEQUILT_CPU_INTEGER_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FRAMEQUILT_CPU_INTEGER_INL_H_
+#undef FRAMEQUILT_CPU_INTEGER_INL_H_
+#else
+#define FRAMEQUILT_CPU_INTEGER_INL_H_
+#endif
+
+#include "hwy/highway.h"
+#include "src/backend/cpu/tiles-inl.h"
+
+#if HWY_ARCH_X86
+#include <immintrin.h>
+#elif HWY_ARCH_ARM_A64
+#include <arm_neon.h>
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace fq::backend::cpu {
+namespace HWY_NAMESPACE {
+
+#undef FRAMEQUILT_HAVE_DOT
+#if FRAMEQUILT_HAVE_SIMD && (HWY_ARCH_X86 || HWY_ARCH_ARM_A64)
+#define FRAMEQUILT_HAVE_DOT 1
+
+using DI = hn::Rebind<int32_t, DF>;
+using VI = hn::Vec<DI>;
+
+#if HWY_TARGET == HWY_AVX3_DL
+
+constexpr bool kDirectDot = true;
+// In assembly, because the target that Highway enables does not name this instruction.
+HWY_INLINE VI DirectDot(VI sum, VU codes, VU inputs) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(codes.raw), "v"(inputs.raw));
+  return sum;
+}
+
+#else
+
+constexpr bool kDirectDot = false;
+using DS = hn::Repartition<int16_t, DI>;
+using VS = hn::Vec<DS>;
+
+// Lane i: the sum of the products of bytes 2i and 2i+1.
+HWY_INLINE VS PairProducts(VU codes, VU inputs) {
+#if HWY_TARGET == HWY_AVX3
+  return VS{_mm512_maddubs_epi16(codes.raw, inputs.raw)};
+#elif HWY_TARGET == HWY_AVX2
+  return VS{_mm256_maddubs_epi16(codes.raw, inputs.raw)};
+#elif HWY_ARCH_X86
+  return VS{_mm_maddubs_epi16(codes.raw, inputs.raw)};
+#else
+  const int8x16_t c = vreinterpretq_s8_u32(codes.raw), x = vreinterpretq_s8_u32(inputs.raw);
+  const int16x8_t low = vmull_s8(vget_low_s8(c), vget_low_s8(x));
+  const int16x8_t high = vmull_high_s8(c, x);
+  return VS{vpaddq_s16(low, high)};
+#endif
+}
+
+// Lane i: sum + kFactor * (pairs of lanes 2i and 2i+1).
+template <int kFactor>
+HWY_INLINE VI AddPairs(VI sum, VS pairs) {
+#if HWY_TARGET == HWY_AVX3
+  return hn::Add(sum, VI{_mm512_madd_epi16(pairs.raw, _mm512_set1_epi16(kFactor))});
+#elif HWY_TARGET == HWY_AVX2
+  return hn::Add(sum, VI{_mm256_madd_epi16(pairs.raw, _mm256_set1_epi16(kFactor))});
+#elif HWY_ARCH_X86
+  return hn::Add(sum, VI{_mm_madd_epi16(pairs.raw, _mm_set1_epi16(kFactor))});
+#else
+  const VI wide{vpaddlq_s16(pairs.raw)};
+  return hn::Add(sum, kFactor == 1 ? wide : hn::Mul(wide, hn::Set(DI(), kFactor)));
+#endif
+}
+
+#endif
+
+// Planes of 4 bits that a word of codes is cut into.
+template <int kBits>
+constexpr int kDotPlanes = !kDirectDot && kBits > 4 ? 2 : 1;
+// Add()s until Flush() is due: pair sums of a plane are at most 2 * 15 * 128, and 8 of them fit.
+constexpr int kDotPeriod = 8;
+static_assert(kDotPeriod * 2 * 15 * 128 <= 32767);
+
+// One accumulator: kLanes sums.
+template <int kPlanes>
+struct DotSum {
+  VI total;
+#if HWY_TARGET != HWY_AVX3_DL
+  VS part[kPlanes];
+#endif
+
+  HWY_INLINE void Start() {
+    total = hn::Zero(DI());
+#if HWY_TARGET != HWY_AVX3_DL
+    Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE { part[p] = hn::Zero(DS()); });
+#endif
+  }
+  // codes: kPlanes words.
+  HWY_INLINE void Add(const VU* codes, VU inputs) {
+#if HWY_TARGET == HWY_AVX3_DL
+    total = DirectDot(total, codes[0], inputs);
+#else
+    Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE {
+      part[p] = hn::Add(part[p], PairProducts(codes[p], inputs));
+    });
+#endif
+  }
+  HWY_INLINE void Flush() {
+#if HWY_TARGET != HWY_AVX3_DL
+    Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE {
+      total = AddPairs < p == 0 ? 1 : 16 > (total, part[p]);
+      part[p] = hn::Zero(DS());
+    });
+#endif
+  }
+};
+
+// The planes of a word of codes.
+template <int kBits>
+HWY_INLINE void CutPlanes(VU word, VU* planes) {
+  if constexpr (kDotPlanes<kBits> == 1) {
+    planes[0] = word;
+  } else {
+    planes[0] = MovedBits<4, 0, 0>(word);
+    planes[1] = MovedBits<4, 4, 0>(word);
+  }
+}
+
+// 4 inputs, in every lane.
+HWY_INLINE VU FourInputs(const int8_t* inputs) {
+  uint32_t word;
+  __builtin_memcpy(&word, inputs, sizeof word);
+  return hn::Set(DU(), word);
+}
+
+#else
+#define FRAMEQUILT_HAVE_DOT 0
+#endif
+
+}  // namespace HWY_NAMESPACE
+}  // namespace fq::backend::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,372 @@
+// Float32 linears as templates over the weight format: weights are dequantized to float32 on the
+// way. Two regimes with the same arithmetic per output (ops/ops.h): few rows stream the packed
+// weights once through registers; many rows dequantize panels of columns into cache and multiply
+// them in register blocks. Scratch is per thread and kept. Included once per SIMD target.
+#if defined(FRAMEQUILT_CPU_LINEAR_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FRAMEQUILT_CPU_LINEAR_INL_H_
+#undef FRAMEQUILT_CPU_LINEAR_INL_H_
+#else
+#define FRAMEQUILT_CPU_LINEAR_INL_H_
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "hwy/highway.h"
+#include "src/backend/cpu/tiles-inl.h"
+#include "src/core/aligned.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace fq::backend::cpu {
+namespace HWY_NAMESPACE {
+#if FRAMEQUILT_HAVE_SIMD
+
+// --- Weight formats --------------------------------------------------------------------------
+//
+// A format turns one block of kInputs inputs into as many vectors of weights. Open() finds the
+// block that begins at input `i`.
+
+struct F32Format {
+  static constexpr int kInputs = 1;
+  static constexpr bool kGroups = false;
+  struct Group {};
+  static HWY_INLINE Group LoadGroup(const LinearWeights&, int64_t, int64_t) { return {}; }
+  struct Block {
+    VU raw;
+  };
+  static HWY_INLINE Block Open(const std::byte* data, int64_t i, int64_t tile_stride,
+                               int64_t unit) {
+    return {LoadWords(data + i / kInputs * kBlockBytes, tile_stride, unit)};
+  }
+  template <int kInput>
+  static HWY_INLINE VF Weight(const Block& b, const Group&) {
+    return hn::BitCast(DF(), b.raw);
+  }
+};
+
+struct BF16Format {
+  static constexpr int kInputs = 2;
+  static constexpr bool kGroups = false;
+  struct Group {};
+  static HWY_INLINE Group LoadGroup(const LinearWeights&, int64_t, int64_t) { return {}; }
+  struct Block {
+    VU raw;
+  };
+  static HWY_INLINE Block Open(const std::byte* data, int64_t i, int64_t tile_stride,
+                               int64_t unit) {
+    return {LoadWords(data + i / kInputs * kBlockBytes, tile_stride, unit)};
+  }
+  template <int kInput>
+  static HWY_INLINE VF Weight(const Block& b, const Group&) {
+    const VU bits =
+        kInput == 0 ? hn::ShiftLeft<16>(b.raw) : hn::And(b.raw, hn::Set(DU(), 0xFFFF0000u));
+    return hn::BitCast(DF(), bits);
+  }
+};
+
+// 8 and 4 bits: one plane, whose bits become floats where they lie.
+template <int kBits, bool kOffset>
+struct AffineFormat {
+  static constexpr int kInputs = 32 / kBits;
+  static constexpr int64_t kBytesPer32 = SuperblockBytes(kBits);
+  static constexpr bool kGroups = true;
+  static constexpr int kPlaces = 16 / kBits;  // codes of a half word
+  struct Group {
+    VF scale;
+    VF minus[kPlaces];
+    VF offset;
+  };
+  static HWY_INLINE Group LoadGroup(const LinearWeights& w, int64_t unit, int64_t group) {
+    Group g;
+    g.scale = LoadScales(w, unit, group);
+    g.offset = hn::Zero(DF());
+    VF zero = g.offset;
+    if constexpr (kOffset) {
+      g.offset = LoadNumbers(w, w.offsets, unit, group);
+    } else {
+      zero = LoadZeros(w, unit, group);
+    }
+    Unrolled<kPlaces>([&](auto i) FRAMEQUILT_INLINE {
+      g.minus[i] = hn::Add(zero, hn::Set(DF(), static_cast<float>(1 << (23 - i * kBits))));
+    });
+    return g;
+  }
+  struct Block {
+    VU halves[2];  // codes at bits 0..15
+  };
+  static HWY_INLINE Block Open(const std::byte* data, int64_t i, int64_t tile_stride,
+                               int64_t unit) {
+    const VU raw = LoadWords(data + i / kInputs * kBlockBytes, tile_stride, unit);
+    return {{raw, hn::ShiftRight<16>(raw)}};
+  }
+  // 8 bits: input i is byte i. 4 bits: input i is the low nibble of byte i, input 4 + i the high
+  // one.
+  template <int kInput>
+  static HWY_INLINE VF Weight(const Block& b, const Group& g) {
+    constexpr int kBit = kInput % 4 * 8 + kInput / 4 * 4;
+    constexpr int kShift = kBit % 16;
+    const VF code = CodeMinusZero<kBits, kShift>(b.halves[kBit / 16], g.minus[kShift / kBits]);
+    const VF weight = hn::Mul(code, g.scale);
+    return kOffset ? hn::Add(weight, g.offset) : weight;
+  }
+};
+
+// Widths of two planes, and of 2 bits: codes are put together as bytes first.
+template <int kBits>
+struct PlanesFormat {
+  static constexpr int kInputs = kHalfInputs;
+  static constexpr int64_t kBytesPer32 = SuperblockBytes(kBits);
+  static constexpr bool kGroups = true;
+  struct Group {
+    VF scale;
+    VF minus[2];
+    VF offset;  // without one: -0, which changes nothing
+  };
+  static HWY_INLINE Group LoadGroup(const LinearWeights& w, int64_t unit, int64_t group) {
+    const DF df;
+    Group g;
+    g.scale = LoadScales(w, unit, group);
+    const bool offset = w.offsets != nullptr;
+    const VF zero = offset ? hn::Zero(df) : LoadZeros(w, unit, group);
+    g.offset = offset ? LoadNumbers(w, w.offsets, unit, group) : hn::Set(df, -0.0f);
+    Unrolled<2>([&](auto i) FRAMEQUILT_INLINE {
+      g.minus[i] = hn::Add(zero, hn::Set(df, CodeBase(i * 8)));
+    });
+    return g;
+  }
+  struct Block {
+    VU halves[2 * kHalfWords];
+  };
+  static HWY_INLINE Block Open(const std::byte* data, int64_t i, int64_t tile_stride,
+                               int64_t unit) {
+    VU words[kHalfWords];
+    LoadCodes<kBits>(data + i / 32 * kBytesPer32, static_cast<int>(i / kHalfInputs % 2),
+                     tile_stride, unit, words);
+    Block block;
+    Unrolled<kHalfWords>([&](auto j) FRAMEQUILT_INLINE {
+      block.halves[2 * j] = words[j];
+      block.halves[2 * j + 1] = hn::ShiftRight<16>(words[j]);
+    });
+    return block;
+  }
+  template <int kInput>
+  static HWY_INLINE VF Weight(const Block& b, const Group& g) {
+    constexpr int kShift = kInput % 2 * 8;
+    const VF code = CodeMinusZero<8, kShift>(b.halves[kInput / 2], g.minus[kInput % 2]);
+    return hn::Add(hn::Mul(code, g.scale), g.offset);
+  }
+};
+
+template <class Format>
+int64_t TileStride(const LinearWeights& w) {
+  if constexpr (Format::kGroups) {
+    return w.padded_in() / 32 * Format::kBytesPer32;
+  } else {
+    return (w.in + Format::kInputs - 1) / Format::kInputs * kBlockBytes;
+  }
+}
+
+// Asks for the block of input `i`. Harmless past the end of the tensor.
+template <class Format>
+HWY_INLINE void PrefetchBlock(const std::byte* data, int64_t i, int64_t tile_stride, int64_t unit) {
+  if constexpr (Format::kGroups) {
+    PrefetchWords(data, tile_stride, unit, i / 32 * Format::kBytesPer32);
+  } else {
+    PrefetchWords(data, tile_stride, unit, i / Format::kInputs * kBlockBytes);
+  }
+}
+
+template <class Format>
+int64_t GroupSize(const LinearWeights& w) {
+  return Format::kGroups ? w.group : w.in;
+}
+
+// --- Few rows: weights through registers -----------------------------------------------------
+
+// `count` <= kUnits units of columns from `unit` on, for all kRows rows: enough accumulators to
+// hide the latency of the fused multiply-add. What is missing repeats the last unit and is not
+// stored.
+template <class Format, int kRows, int kUnits>
+HWY_NOINLINE void StreamUnits(const ops::LinearArgs& args, int64_t unit, int64_t count) {
+  const DF df;
+  const LinearWeights& w = *args.w;
+  constexpr int kInputs = Format::kInputs;
+  const int64_t tile_stride = TileStride<Format>(w);
+  const auto* const data = static_cast<const std::byte*>(w.data);
+  const auto unit_of = [&](int64_t u) FRAMEQUILT_INLINE { return unit + std::min(u, count - 1); };
+  VF acc[kRows * kUnits];
+  Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Zero(df); });
+  const float* HWY_RESTRICT x = args.x;
+  const int64_t x_stride = args.x_stride;
+  const int64_t group_size = GroupSize<Format>(w);
+  int64_t group_index = 0;
+  for (int64_t begin = 0; begin < w.in; begin += group_size, ++group_index) {
+    const int64_t end = std::min<int64_t>(begin + group_size, w.in);
+    typename Format::Group groups[kUnits];
+    Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+      groups[u] = Format::LoadGroup(w, unit_of(u), group_index);
+    });
+    int64_t i = begin;
+    for (; i + kInputs <= end; i += kInputs) {
+      typename Format::Block blocks[kUnits];
+      Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+        blocks[u] = Format::Open(data, i, tile_stride, unit_of(u));
+      });
+      Unrolled<kInputs>([&](auto input) FRAMEQUILT_INLINE {
+        // Whatever there are fewer of stays in registers.
+        if constexpr (kRows < kUnits) {
+          VF values[kRows];
+          Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+            values[r] = hn::Set(df, x[r * x_stride + i + input]);
+          });
+          Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+            const VF weight = Format::template Weight<input>(blocks[u], groups[u]);
+            Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+              acc[r * kUnits + u] = hn::MulAdd(values[r], weight, acc[r * kUnits + u]);
+            });
+          });
+        } else {
+          VF weights[kUnits];
+          Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+            weights[u] = Format::template Weight<input>(blocks[u], groups[u]);
+          });
+          Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+            const VF value = hn::Set(df, x[r * x_stride + i + input]);
+            Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+              acc[r * kUnits + u] = hn::MulAdd(value, weights[u], acc[r * kUnits + u]);
+            });
+          });
+        }
+      });
+    }
+    if (i < end) {  // the last, partial block: x ends with `in`
+      HWY_ALIGN float weights[kInputs * kUnits * kLanes];
+      Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+        const auto partial = Format::Open(data, i, tile_stride, unit_of(u));
+        Unrolled<kInputs>([&](auto input) FRAMEQUILT_INLINE {
+          hn::Store(Format::template Weight<input>(partial, groups[u]), df,
+                    weights + (input * kUnits + u) * kLanes);
+        });
+      });
+      for (const float* weight = weights; i < end; ++i, weight += kUnits * kLanes) {
+        Unrolled<kRows * kUnits>([&](auto j) FRAMEQUILT_INLINE {
+          const VF value = hn::Set(df, x[j / kUnits * x_stride + i]);
+          acc[j] = hn::MulAdd(value, hn::Load(df, weight + j % kUnits * kLanes), acc[j]);
+        });
+      }
+    }
+  }
+  Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE {
+    if (i % kUnits < count) Finish(args, i / kUnits, (unit + i % kUnits) * kLanes, acc[i]);
+  });
+}
+
+// All `count` units from `unit` on for one block of kRows rows.
+template <class Format, int kRows>
+void StreamBlock(const ops::LinearArgs& args, int64_t unit, int64_t count) {
+  constexpr int kUnits = kRows <= 2 ? 4 : 2;
+  for (int64_t u = 0; u < count; u += kUnits) {
+    StreamUnits<Format, kRows, kUnits>(args, unit + u, std::min<int64_t>(kUnits, count - u));
+  }
+}
+
+constexpr int64_t kStreamRows = 8;
+
+constexpr int64_t kStreamStep = 4;  // units
+
+// Calls run(unit, count) for all units, in steps.
+template <class Run>
+void ShareUnits(const ops::LinearArgs& args, ThreadPool& pool, const Run& run) {
+  const int64_t units = int64_t{args.w->tiles} * kTileRows / kLanes;
+  const int64_t steps = (units + kStreamStep - 1) / kStreamStep;
+  // Shares of consecutive columns: long streams, few hand-outs, yet a slow thread can be helped.
+  const int64_t shares =
+      std::min<int64_t>(steps, int64_t{pool.threads()} * (pool.threads() == 1 ? 1 : 8));
+  pool.parallel_for(shares, [&](int64_t share, int) {
+    const int64_t end = std::min(units, steps * (share + 1) / shares * kStreamStep);
+    for (int64_t unit = steps * share / shares * kStreamStep; unit < end; unit += kStreamStep) {
+      run(unit, std::min(kStreamStep, end - unit));
+    }
+  });
+}
+
+// Rows go in one or two blocks; the second finds the step's weights in cache.
+template <class Format>
+void Stream(const ops::LinearArgs& args, ThreadPool& pool) {
+  using BlockFn = void (*)(const ops::LinearArgs&, int64_t, int64_t);
+  constexpr BlockFn kBlocks[] = {&StreamBlock<Format, 1>, &StreamBlock<Format, 2>,
+                                 &StreamBlock<Format, 3>, &StreamBlock<Format, 4>};
+  const bool eight = kManyRegisters && args.rows == kStreamRows;
+  const int64_t first = eight || args.rows <= 4 ? args.rows : (args.rows + 1) / 2;
+  const BlockFn all_eight = &StreamBlock < Format, kManyRegisters ? 8 : 4 > ;
+  const BlockFn run_first = eight ? all_eight : kBlocks[first - 1];
+  ops::LinearArgs rest = args;
+  rest.x += first * args.x_stride;
+  rest.y += first * args.y_stride;
+  rest.rows -= first;
+  ShareUnits(args, pool, [&](int64_t unit, int64_t count) {
+    run_first(args, unit, count);
+    if (rest.rows > 0) kBlocks[rest.rows - 1](rest, unit, count);
+  });
+}
+
+// --- Many rows: panels in cache --------------------------------------------------------------
+
+constexpr int64_t kPanelColumns = 2 * kLanes;
+constexpr int64_t kGroupColumns = 64;                      // columns of one item of work
+constexpr int64_t kInputBlock = kLanes == 16 ? 192 : 256;  // a panel of this many inputs fits L1
+constexpr int64_t kRowBlock = 192;                         // rows of one item of work
+
+// Weights [begin, end) x unit as float32 into panel[(i - begin) * stride]. `begin` is a multiple of
+// kInputs.
+template <class Format>
+HWY_NOINLINE void DequantizeUnit(const LinearWeights& w, int64_t unit, int64_t begin, int64_t end,
+                                 float* panel, int64_t stride) {
+  const DF df;
+  constexpr int kInputs = Format::kInputs;
+  const int64_t tile_stride = TileStride<Format>(w);
+  const int64_t group_size = GroupSize<Format>(w);
+  const auto* const data = static_cast<const std::byte*>(w.data);
+  for (int64_t i = begin; i < end;) {
+    const int64_t group_index = i / group_size;
+    const int64_t group_end = std::min(end, (group_index + 1) * group_size);
+    const typename Format::Group group = Format::LoadGroup(w, unit, group_index);
+    for (; i < group_end; i += kInputs) {  // may write past `end` within the last block
+      const typename Format::Block opened = Format::Open(data, i, tile_stride, unit);
+      PrefetchBlock<Format>(data, i + end - begin, tile_stride, unit);  // the next panel
+      Unrolled<kInputs>([&](auto input) FRAMEQUILT_INLINE {
+        hn::Store(Format::template Weight<input>(opened, group), df, panel);
+        panel += stride;
+      });
+    }
+  }
+}
+
+// Any number of rows, through panels that `dequantize` fills. Defined in linear.cc: compiled once.
+using DequantizeFn = void (*)(const LinearWeights& w, int64_t unit, int64_t begin, int64_t end,
+                              float* panel, int64_t stride);
+void RunPanels(const ops::LinearArgs& args, ThreadPool& pool, DequantizeFn dequantize);
+
+template <class Format>
+void RunLinear(const ops::LinearArgs& args, ThreadPool& pool) {
+  if (args.rows == 0) return;
+  if (args.rows <= kStreamRows) return Stream<Format>(args, pool);
+  RunPanels(args, pool, &DequantizeUnit<Format>);
+}
+
+// The same for formats that are rarely met: only a single row is streamed.
+template <class Format>
+void RunLinearSmall(const ops::LinearArgs& args, ThreadPool& pool) {
+  if (args.rows == 0) return;
+  if (args.rows > 1) return RunPanels(args, pool, &DequantizeUnit<Format>);
+  ShareUnits(args, pool,
+             [&](int64_t unit, int64_t count) { StreamBlock<Format, 1>(args, unit, count); });
+}
+
+#endif
+}  // namespace HWY_NAMESPACE
+}  // namespace fq::backend::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif

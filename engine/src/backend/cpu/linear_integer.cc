@@ -1,0 +1,542 @@
+// Linears with quantized inputs: rows become 8-bit codes first, products are integers (exact), and
+// each group's sum is scaled in float32 (ops/ops.h gives the order). Two regimes as in the float32
+// linears: few rows stream the packed weights once; many rows unpack panels of columns to bytes in
+// cache and multiply them in register blocks. Scratch is per thread and kept. Called by the engine
+// thread, runs on the pool.
+#define FRAMEQUILT_WANT_VNNI 1
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <limits>
+
+#include "src/backend/cpu/disabled_targets.h"
+#include "src/backend/cpu/kernels.h"
+#include "src/core/aligned.h"
+#include "src/quant/activations.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "src/backend/cpu/linear_integer.cc"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+#include "src/backend/cpu/integer-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace fq::backend::cpu {
+namespace HWY_NAMESPACE {
+#if FRAMEQUILT_HAVE_DOT
+
+// --- Inputs ----------------------------------------------------------------------------------
+
+// The quantized rows of one call: what every output needs.
+struct Inputs {
+  const int8_t* codes = nullptr;  // [rows, stride], zero from `in` to the padded width
+  int64_t stride = 0;
+  const float* sums = nullptr;  // [rows, spans]: of the codes of each span
+  int64_t spans = 0;
+  int64_t span = 0;               // inputs of a span
+  const float* scales = nullptr;  // [rows]
+  const float* zeros = nullptr;   // [rows]
+};
+
+struct InputScratch {
+  AlignedBuffer<int8_t> codes;
+  AlignedBuffer<float> sums, scales, zeros;
+};
+
+struct Range {
+  float low = 0, high = 0;  // with 0 among the values
+  bool finite = true;
+};
+
+HWY_INLINE Range RangeOf(const float* x, int64_t n) {
+  const DF df;
+  VF low = hn::Zero(df), high = hn::Zero(df), odd = hn::Zero(df);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const VF v = hn::LoadU(df, x + i);
+    low = hn::Min(low, v);
+    high = hn::Max(high, v);
+    odd = hn::Add(odd, hn::Sub(v, v));  // 0, or NaN from the first value on that is not finite
+  }
+  Range range{hn::GetLane(hn::MinOfLanes(df, low)), hn::GetLane(hn::MaxOfLanes(df, high)),
+              hn::AllTrue(df, hn::Eq(odd, hn::Zero(df)))};
+  for (; i < n; ++i) {
+    range.low = std::min(range.low, x[i]);
+    range.high = std::max(range.high, x[i]);
+    range.finite = range.finite && x[i] - x[i] == 0.0f;
+  }
+  return range;
+}
+
+// quant::quantize_row, and the sums of the codes.
+HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t span,
+                              model::ActivationFormat format, int8_t* codes, float* sums,
+                              float* scale_out, float* zero_out) {
+  const DF df;
+  const DI di;
+  const hn::Rebind<int8_t, DF> d8;
+  const int half = 1 << (format.bits - 1);
+  std::memset(codes + n, 0, static_cast<size_t>(padded - n));
+  const Range range = RangeOf(x, n);
+  if (!range.finite) {
+    std::memset(codes, 0, static_cast<size_t>(n));
+    std::fill(sums, sums + (n + span - 1) / span, 0.0f);
+    *scale_out = std::numeric_limits<float>::quiet_NaN();
+    *zero_out = 0.0f;
+    return;
+  }
+  const float least = static_cast<float>(-half), most = static_cast<float>(half - 1);
+  float scale, zero = 0.0f;
+  if (format.symmetric) {
+    scale = std::max(std::max(-range.low, range.high), 1e-5f) / most;
+  } else {
+    const float levels = static_cast<float>(2 * half - 1);
+    scale = std::max(range.high - range.low, 1e-5f) / levels;
+    const float wanted = hn::GetLane(hn::Round(hn::Set(df, -range.low / scale)));
+    zero = std::min(std::max(wanted, 0.0f), levels) - static_cast<float>(half);
+  }
+  *scale_out = scale;
+  *zero_out = zero;
+  const VF divisor = hn::Set(df, scale), shift = hn::Set(df, zero);
+  const VF low = hn::Set(df, least), high = hn::Set(df, most);
+  const auto code = [&](VF v) FRAMEQUILT_INLINE {
+    const VF rounded = hn::Add(hn::Round(hn::Div(v, divisor)), shift);
+    return hn::ConvertTo(di, hn::Min(hn::Max(rounded, low), high));
+  };
+  for (int64_t begin = 0; begin < n; begin += span) {
+    const int64_t end = std::min(begin + span, n);
+    VI sum = hn::Zero(di);
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      const VI q = code(hn::LoadU(df, x + i));
+      sum = hn::Add(sum, q);
+      hn::StoreU(hn::DemoteTo(d8, q), d8, codes + i);
+    }
+    int rest = 0;
+    for (; i < end; ++i) {
+      const int q = hn::GetLane(code(hn::Set(df, x[i])));
+      codes[i] = static_cast<int8_t>(q);
+      rest += q;
+    }
+    sums[begin / span] = static_cast<float>(hn::GetLane(hn::SumOfLanes(di, sum)) + rest);
+  }
+}
+
+Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
+  static thread_local InputScratch own;  // of the engine thread; the pool's threads write to it
+  InputScratch& scratch = own;
+  const LinearWeights& w = *args.w;
+  Inputs inputs;
+  const int64_t padded = w.padded_in();
+  // A stride of whole pages would put all rows into the same few cache sets.
+  inputs.stride = padded + (padded % 1024 < 64 ? 64 : 0);
+  inputs.span = std::min<int64_t>(w.group, quant::kIntegerSpan);
+  inputs.spans = (w.in + inputs.span - 1) / inputs.span;
+  const size_t rows = static_cast<size_t>(args.rows);
+  scratch.codes.reserve(rows * static_cast<size_t>(inputs.stride));
+  scratch.sums.reserve(rows * static_cast<size_t>(inputs.spans));
+  scratch.scales.reserve(rows);
+  scratch.zeros.reserve(rows);
+  inputs.codes = scratch.codes.data();
+  inputs.sums = scratch.sums.data();
+  inputs.scales = scratch.scales.data();
+  inputs.zeros = scratch.zeros.data();
+  const auto quantize = [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      QuantizeRow(args.x + r * args.x_stride, w.in, padded, inputs.span, args.activations,
+                  scratch.codes.data() + r * inputs.stride, scratch.sums.data() + r * inputs.spans,
+                  scratch.scales.data() + r, scratch.zeros.data() + r);
+    }
+  };
+  // Handing out a few kilobytes takes longer than quantizing them.
+  constexpr int64_t kWorthSharing = 1 << 15;
+  if (args.rows * padded < kWorthSharing || pool.threads() == 1) {
+    quantize(0, args.rows);
+  } else {
+    const int64_t shares = std::min<int64_t>(args.rows, pool.threads());
+    pool.parallel_for(shares, [&](int64_t share, int) {
+      quantize(args.rows * share / shares, args.rows * (share + 1) / shares);
+    });
+  }
+  return inputs;
+}
+
+// --- Outputs ---------------------------------------------------------------------------------
+
+// Parameters of one span of a unit: value = code * scale + shift.
+struct SpanNumbers {
+  VF scale, shift;
+};
+
+HWY_INLINE SpanNumbers LoadSpan(const LinearWeights& w, int64_t unit, int64_t group) {
+  SpanNumbers n;
+  n.scale = LoadScales(w, unit, group);
+  n.shift = w.offsets != nullptr ? LoadNumbers(w, w.offsets, unit, group)
+                                 : hn::Mul(hn::Neg(LoadZeros(w, unit, group)), n.scale);
+  return n;
+}
+
+HWY_INLINE VF AddSpan(VF sum, VI products, SpanNumbers n, float inputs) {
+  sum = hn::MulAdd(n.scale, hn::ConvertTo(DF(), products), sum);
+  return hn::MulAdd(n.shift, hn::Set(DF(), inputs), sum);
+}
+
+HWY_INLINE void FinishInteger(const ops::LinearArgs& args, const Inputs& inputs, int64_t row,
+                              int64_t column, VF sum) {
+  const DF df;
+  if (!args.activations.symmetric) {
+    const VF row_sums = hn::LoadU(df, args.w->row_sums + column);
+    sum = hn::MulAdd(hn::Set(df, -inputs.zeros[row]), row_sums, sum);
+  }
+  Finish(args, row, column, hn::Mul(sum, hn::Set(df, inputs.scales[row])));
+}
+
+// --- Few rows: weights through registers -----------------------------------------------------
+
+// `count` <= kUnits units of columns from `unit` on, for `rows` <= kRows rows from `row` on. What
+// is missing repeats the last one and is not stored.
+template <int kBits, int kRows, int kUnits>
+HWY_NOINLINE void IntegerStreamUnits(const ops::LinearArgs& args, const Inputs& inputs, int64_t row,
+                                     int64_t rows, int64_t unit, int64_t count) {
+  constexpr int kPlanes = kDotPlanes<kBits>;
+  static_assert(kDotPeriod == 2 * kHalfWords);
+  const LinearWeights& w = *args.w;
+  const int64_t padded = w.padded_in();
+  const int64_t tile_stride = padded / 32 * SuperblockBytes(kBits);
+  const auto* const data = static_cast<const std::byte*>(w.data);
+  const auto unit_of = [&](int64_t u) FRAMEQUILT_INLINE { return unit + std::min(u, count - 1); };
+  const auto row_of = [&](int64_t r) FRAMEQUILT_INLINE { return row + std::min(r, rows - 1); };
+  VF sums[kRows * kUnits];
+  Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { sums[i] = hn::Zero(DF()); });
+  const int8_t* x[kRows];
+  Unrolled<kRows>([&](auto r)
+                      FRAMEQUILT_INLINE { x[r] = inputs.codes + row_of(r) * inputs.stride; });
+  int64_t span = 0;
+  for (int64_t begin = 0; begin < w.in; begin += inputs.span, ++span) {
+    const int64_t end = std::min(begin + inputs.span, padded);
+    DotSum<kPlanes> dots[kRows * kUnits];
+    Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { dots[i].Start(); });
+    for (int64_t i = begin; i < end;) {
+      const int64_t flush = std::min(end, i + 2 * kHalfInputs);
+      for (; i < flush; i += kHalfInputs) {
+        const std::byte* const superblock = data + i / 32 * SuperblockBytes(kBits);
+        const int half = static_cast<int>(i / kHalfInputs % 2);
+        Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+          VU words[kHalfWords];
+          LoadCodes<kBits>(superblock, half, tile_stride, unit_of(u), words);
+          Unrolled<kHalfWords>([&](auto j) FRAMEQUILT_INLINE {
+            VU planes[kPlanes];
+            CutPlanes<kBits>(words[j], planes);
+            Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+              dots[r * kUnits + u].Add(planes, FourInputs(x[r] + i + 4 * j));
+            });
+          });
+        });
+      }
+      Unrolled<kRows * kUnits>([&](auto k) FRAMEQUILT_INLINE { dots[k].Flush(); });
+    }
+    const int64_t group = begin / w.group;
+    Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+      const SpanNumbers numbers = LoadSpan(w, unit_of(u), group);
+      Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+        VF& sum = sums[r * kUnits + u];
+        const float of_inputs = inputs.sums[row_of(r) * inputs.spans + span];
+        sum = AddSpan(sum, dots[r * kUnits + u].total, numbers, of_inputs);
+      });
+    });
+  }
+  Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE {
+    if (i / kUnits < rows && i % kUnits < count) {
+      FinishInteger(args, inputs, row + i / kUnits, (unit + i % kUnits) * kLanes, sums[i]);
+    }
+  });
+}
+
+// As many units as keep enough sums in flight and fit the registers.
+template <int kBits, int kRows>
+void IntegerStreamRows(const ops::LinearArgs& args, const Inputs& inputs, int64_t row, int64_t rows,
+                       int64_t unit, int64_t count) {
+  constexpr int kUnits = kRows == 1 ? 4 : kRows == 4 && kManyRegisters ? 2 : 1;
+  for (int64_t u = 0; u < count; u += kUnits) {
+    IntegerStreamUnits<kBits, kRows, kUnits>(args, inputs, row, rows, unit + u,
+                                             std::min<int64_t>(kUnits, count - u));
+  }
+}
+
+constexpr int64_t kIntegerStreamRows = 8;
+
+// Rows go in blocks; those after the first find the step's weights in cache.
+template <int kBits>
+void IntegerStream(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool& pool) {
+  constexpr int64_t kStep = 4;  // units
+  constexpr int kMost = kManyRegisters ? 8 : 4;
+  const auto run = args.rows == 1   ? &IntegerStreamRows<kBits, 1>
+                   : args.rows <= 4 ? &IntegerStreamRows<kBits, 4>
+                                    : &IntegerStreamRows<kBits, kMost>;
+  const int64_t units = int64_t{args.w->tiles} * kTileRows / kLanes;
+  const int64_t steps = (units + kStep - 1) / kStep;
+  // Shares of consecutive columns: long streams, few hand-outs, yet a slow thread can be helped.
+  const int64_t shares =
+      std::min<int64_t>(steps, int64_t{pool.threads()} * (pool.threads() == 1 ? 1 : 8));
+  pool.parallel_for(shares, [&](int64_t share, int) {
+    const int64_t end = std::min(units, steps * (share + 1) / shares * kStep);
+    for (int64_t unit = steps * share / shares * kStep; unit < end; unit += kStep) {
+      for (int64_t row = 0; row < args.rows; row += kMost) {
+        run(args, inputs, row, std::min<int64_t>(kMost, args.rows - row), unit,
+            std::min(kStep, end - unit));
+      }
+    }
+  });
+}
+
+// --- Many rows: panels in cache --------------------------------------------------------------
+
+constexpr int kIntegerVectors = 2;  // of a panel
+constexpr int64_t kIntegerColumns = kIntegerVectors * kLanes;
+constexpr int64_t kIntegerGroupColumns = 64;  // columns of one item of work
+// A last vector that is alone gets a neighbour whose sums nobody reads.
+constexpr int64_t kIntegerSumStride = kIntegerGroupColumns + kLanes;
+constexpr int64_t kIntegerInputs = quant::kIntegerSpan;  // inputs of a panel: whole spans
+constexpr int64_t kIntegerSteps = kIntegerInputs / 4;
+constexpr int64_t kIntegerRowBlock = 192;  // rows of one item of work
+constexpr int kIntegerMicroRows = kManyRegisters ? 12 : 4;
+static_assert(kIntegerStreamRows + 1 >= kIntegerMicroRows / 2);
+
+struct IntegerScratch {
+  AlignedBuffer<uint32_t> panel;  // [steps, planes, vectors, lanes]
+  AlignedBuffer<float> numbers;   // [spans, 2, vectors, lanes]: scales, shifts
+  AlignedBuffer<float> sums;      // [rows, columns]
+};
+
+inline IntegerScratch& ThreadIntegerScratch() {
+  static thread_local IntegerScratch scratch;
+  scratch.panel.reserve(static_cast<size_t>(kIntegerSteps * 2 * kIntegerColumns));
+  scratch.numbers.reserve(kIntegerInputs / kHalfInputs * 2 * kIntegerColumns);
+  scratch.sums.reserve(kIntegerRowBlock * kIntegerSumStride);
+  return scratch;
+}
+
+// One panel times the same inputs of some rows, added to sums.
+struct IntegerBlock {
+  const int8_t* x = nullptr;  // [rows, x_stride]
+  int64_t x_stride = 0;
+  const float* input_sums = nullptr;  // [rows, input_spans], at the panel's first span
+  int64_t input_spans = 0;
+  const uint32_t* panel = nullptr;
+  const float* numbers = nullptr;
+  int64_t steps = 0, span_steps = 0;
+  float* sums = nullptr;  // [rows, kIntegerSumStride]
+  bool first = false;     // start from 0 instead of from sums
+};
+
+template <int kPlanes, int kRows>
+HWY_NOINLINE void IntegerMicro(const IntegerBlock& b) {
+  constexpr int kVectors = kIntegerVectors;
+  // Without a dot product instruction sums are widened every kDotPeriod steps.
+  constexpr int64_t kPeriod = kDirectDot ? int64_t{1} << 30 : kDotPeriod;
+  const DF df;
+  const uint32_t* HWY_RESTRICT panel = b.panel;
+  const float* HWY_RESTRICT numbers = b.numbers;
+  const int8_t* HWY_RESTRICT x = b.x;
+  const int64_t x_stride = b.x_stride;
+  int64_t span = 0;
+  for (int64_t begin = 0; begin < b.steps; begin += b.span_steps, ++span) {
+    const int64_t end = std::min(begin + b.span_steps, b.steps);
+    DotSum<kPlanes> dots[kRows * kVectors];
+    Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE { dots[i].Start(); });
+    for (int64_t step = begin; step < end;) {
+      const int64_t flush = std::min(end, step + kPeriod);
+      for (; step < flush; ++step, panel += kPlanes * kVectors * kLanes, x += 4) {
+        VU codes[kVectors][kPlanes];
+        Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+          Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE {
+            codes[v][p] = hn::Load(DU(), panel + (p * kVectors + v) * kLanes);
+          });
+        });
+        Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+          const VU inputs = FourInputs(x + r * x_stride);
+          Unrolled<kVectors>(
+              [&](auto v) FRAMEQUILT_INLINE { dots[r * kVectors + v].Add(codes[v], inputs); });
+        });
+      }
+      Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE { dots[i].Flush(); });
+    }
+    SpanNumbers n[kVectors];
+    Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+      n[v].scale = hn::Load(df, numbers + v * kLanes);
+      n[v].shift = hn::Load(df, numbers + (kVectors + v) * kLanes);
+    });
+    numbers += 2 * kVectors * kLanes;
+    const bool fresh = b.first && begin == 0;
+    Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+      float* const sums = b.sums + r * kIntegerSumStride;
+      const float inputs = b.input_sums[r * b.input_spans + span];
+      Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+        const VF old = fresh ? hn::Zero(df) : hn::Load(df, sums + v * kLanes);
+        hn::Store(AddSpan(old, dots[r * kVectors + v].total, n[v], inputs), df, sums + v * kLanes);
+      });
+    });
+  }
+}
+
+using IntegerMicroFn = void (*)(const IntegerBlock&);
+// Kernels for kLeast.. rows: even cuts of more rows than are streamed are never smaller.
+constexpr int kIntegerLeastRows = kIntegerMicroRows == 12 ? 6 : 3;
+template <int kPlanes, int... kI>
+constexpr std::array<IntegerMicroFn, sizeof...(kI)> MakeIntegerMicros(
+    std::integer_sequence<int, kI...>) {
+  return {&IntegerMicro<kPlanes, kI + kIntegerLeastRows>...};
+}
+template <int kPlanes>
+constexpr auto kIntegerMicros = MakeIntegerMicros<kPlanes>(
+    std::make_integer_sequence<int, kIntegerMicroRows - kIntegerLeastRows + 1>());
+
+template <int kPlanes>
+void IntegerPanel(const IntegerBlock& b, int64_t rows) {
+  const int64_t tiles = (rows + kIntegerMicroRows - 1) / kIntegerMicroRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t begin = rows * tile / tiles;
+    const int64_t count = rows * (tile + 1) / tiles - begin;
+    IntegerBlock part = b;
+    part.x += begin * b.x_stride;
+    part.input_sums += begin * b.input_spans;
+    part.sums += begin * kIntegerSumStride;
+    kIntegerMicros<kPlanes>[static_cast<size_t>(count - kIntegerLeastRows)](part);
+  }
+}
+
+// Codes of inputs [begin, end) x `unit` as bytes, and the numbers of their spans, as vector
+// `vector` of a panel.
+template <int kBits>
+HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit, int64_t begin,
+                             int64_t end, int64_t vector, IntegerScratch& scratch) {
+  constexpr int kPlanes = kDotPlanes<kBits>;
+  const int64_t tile_stride = w.padded_in() / 32 * SuperblockBytes(kBits);
+  const auto* const data = static_cast<const std::byte*>(w.data);
+  uint32_t* to = scratch.panel.data() + vector * kLanes;
+  for (int64_t i = begin; i < end; i += kHalfInputs) {
+    const std::byte* const superblock = data + i / 32 * SuperblockBytes(kBits);
+    PrefetchWords(superblock + (end - begin) / 32 * SuperblockBytes(kBits), tile_stride, unit, 0);
+    VU words[kHalfWords];
+    LoadCodes<kBits>(superblock, static_cast<int>(i / kHalfInputs % 2), tile_stride, unit, words);
+    Unrolled<kHalfWords>([&](auto j) FRAMEQUILT_INLINE {
+      VU planes[kPlanes];
+      CutPlanes<kBits>(words[j], planes);
+      Unrolled<kPlanes>(
+          [&](auto p) FRAMEQUILT_INLINE { hn::Store(planes[p], DU(), to + p * kIntegerColumns); });
+      to += kPlanes * kIntegerColumns;
+    });
+  }
+  float* number = scratch.numbers.data() + vector * kLanes;
+  for (int64_t i = begin; i < std::min<int64_t>(end, w.in); i += span) {
+    const SpanNumbers n = LoadSpan(w, unit, i / w.group);
+    hn::Store(n.scale, DF(), number);
+    hn::Store(n.shift, DF(), number + kIntegerColumns);
+    number += 2 * kIntegerColumns;
+  }
+}
+
+template <int kBits>
+void IntegerItem(const ops::LinearArgs& args, const Inputs& inputs, int64_t row_begin,
+                 int64_t row_end, int64_t column_begin, int64_t column_end) {
+  const LinearWeights& w = *args.w;
+  IntegerScratch& scratch = ThreadIntegerScratch();
+  const int64_t rows = row_end - row_begin;
+  const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
+  for (int64_t begin = 0; begin < padded; begin += kIntegerInputs) {
+    const int64_t end = std::min(begin + kIntegerInputs, padded);
+    IntegerBlock b;
+    b.x = inputs.codes + row_begin * inputs.stride + begin;
+    b.x_stride = inputs.stride;
+    b.input_spans = inputs.spans;
+    b.input_sums = inputs.sums + row_begin * inputs.spans + begin / inputs.span;
+    b.panel = scratch.panel.data();
+    b.numbers = scratch.numbers.data();
+    b.steps = (end - begin) / 4;
+    b.span_steps = inputs.span / 4;
+    b.first = begin == 0;
+    for (int64_t column = column_begin; column < column_end; column += kIntegerColumns) {
+      for (int64_t v = 0; v < kIntegerVectors; ++v) {
+        const int64_t unit = std::min(column / kLanes + v, column_end / kLanes - 1);
+        UnpackUnit<kBits>(w, inputs.span, unit, begin, end, v, scratch);
+      }
+      b.sums = scratch.sums.data() + (column - column_begin);
+      IntegerPanel<kDotPlanes<kBits>>(b, rows);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* const sums = scratch.sums.data() + r * kIntegerSumStride;
+    for (int64_t column = column_begin; column < column_end && column < w.out; column += kLanes) {
+      FinishInteger(args, inputs, row_begin + r, column,
+                    hn::Load(DF(), sums + column - column_begin));
+    }
+  }
+}
+
+template <int kBits>
+void IntegerPanels(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool& pool) {
+  const int64_t columns = int64_t{args.w->tiles} * kTileRows;
+  const int64_t row_blocks = (args.rows + kIntegerRowBlock - 1) / kIntegerRowBlock;
+  // Narrow linears on many threads: smaller items.
+  int64_t width = kIntegerGroupColumns;
+  while (width > kIntegerColumns && (columns + width - 1) / width * row_blocks < 4 * pool.threads())
+    width /= 2;
+  const int64_t column_groups = (columns + width - 1) / width;
+  pool.parallel_for(row_blocks * column_groups, [&](int64_t item, int) {
+    const int64_t block = item / column_groups;
+    const int64_t column = item % column_groups * width;
+    IntegerItem<kBits>(args, inputs, args.rows * block / row_blocks,
+                       args.rows * (block + 1) / row_blocks, column,
+                       std::min(columns, column + width));
+  });
+}
+
+template <int kBits>
+void RunInteger(const ops::LinearArgs& args, ThreadPool& pool) {
+  if (args.rows == 0) return;
+  const Inputs inputs = QuantizeInputs(args, pool);
+  if (args.rows <= kIntegerStreamRows) return IntegerStream<kBits>(args, inputs, pool);
+  IntegerPanels<kBits>(args, inputs, pool);
+}
+
+#else  // targets without the dot product
+
+template <int kBits>
+void RunInteger(const ops::LinearArgs& args, ThreadPool& pool) {
+  scalar_kernels().linear_integer[kBits](args, pool);
+}
+
+#endif
+
+void IntegerW8(const ops::LinearArgs& args, ThreadPool& pool) { RunInteger<8>(args, pool); }
+void IntegerW6(const ops::LinearArgs& args, ThreadPool& pool) { RunInteger<6>(args, pool); }
+void IntegerW5(const ops::LinearArgs& args, ThreadPool& pool) { RunInteger<5>(args, pool); }
+void IntegerW4(const ops::LinearArgs& args, ThreadPool& pool) { RunInteger<4>(args, pool); }
+void IntegerW3(const ops::LinearArgs& args, ThreadPool& pool) { RunInteger<3>(args, pool); }
+void IntegerW2(const ops::LinearArgs& args, ThreadPool& pool) { RunInteger<2>(args, pool); }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace fq::backend::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace fq::backend::cpu {
+
+HWY_EXPORT(IntegerW8);
+HWY_EXPORT(IntegerW6);
+HWY_EXPORT(IntegerW5);
+HWY_EXPORT(IntegerW4);
+HWY_EXPORT(IntegerW3);
+HWY_EXPORT(IntegerW2);
+
+void fill_integer_linear_kernels(Kernels& kernels) {
+  kernels.linear_integer[8] = &HWY_DYNAMIC_DISPATCH(IntegerW8);
+  kernels.linear_integer[6] = &HWY_DYNAMIC_DISPATCH(IntegerW6);
+  kernels.linear_integer[5] = &HWY_DYNAMIC_DISPATCH(IntegerW5);
+  kernels.linear_integer[4] = &HWY_DYNAMIC_DISPATCH(IntegerW4);
+  kernels.linear_integer[3] = &HWY_DYNAMIC_DISPATCH(IntegerW3);
+  kernels.linear_integer[2] = &HWY_DYNAMIC_DISPATCH(IntegerW2);
+}
+
+}  // namespace fq::backend::cpu
+#endif  // HWY_ONCE

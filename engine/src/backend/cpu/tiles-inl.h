@@ -1,0 +1,178 @@
+// Reading the tiles of packed weights (engine/CONTRACT.md, 1.3), shared by the float32 and the
+// integer linears. Included once per SIMD target.
+#if defined(FRAMEQUILT_CPU_TILES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FRAMEQUILT_CPU_TILES_INL_H_
+#undef FRAMEQUILT_CPU_TILES_INL_H_
+#else
+#define FRAMEQUILT_CPU_TILES_INL_H_
+#endif
+
+#include "hwy/cache_control.h"
+#include "hwy/highway.h"
+#include "src/backend/cpu/gemm-inl.h"
+#include "src/ops/ops.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace fq::backend::cpu {
+namespace HWY_NAMESPACE {
+#if FRAMEQUILT_HAVE_SIMD
+
+using quant::kTileRows;
+using quant::LinearWeights;
+
+constexpr int kBlockBytes = 32;  // 8 rows of a tile
+
+// A unit is the kLanes output rows of one vector: half a tile, a tile, or two tiles that lie
+// `tile_stride` apart.
+
+// Loads one 4-byte word per lane from an array [tiles, ..., 8] of words.
+HWY_INLINE VU LoadWords(const std::byte* tiles, int64_t tile_stride, int64_t unit) {
+  const DU du;
+  if constexpr (kLanes == 16) {
+    const hn::Half<DU> dh;
+    const auto* low = reinterpret_cast<const uint32_t*>(tiles + 2 * unit * tile_stride);
+    const auto* high = reinterpret_cast<const uint32_t*>(tiles + (2 * unit + 1) * tile_stride);
+    return hn::Combine(du, hn::LoadU(dh, high), hn::LoadU(dh, low));
+  } else {
+    constexpr int64_t kUnits = kTileRows / kLanes;
+    const std::byte* at = tiles + unit / kUnits * tile_stride + unit % kUnits * kLanes * 4;
+    return hn::LoadU(du, reinterpret_cast<const uint32_t*>(at));
+  }
+}
+
+constexpr int64_t kTilesPerUnit = kLanes == 16 ? 2 : 1;
+
+// Asks for the words of a unit that lie `ahead` bytes on. Harmless past the end of the tensor.
+HWY_INLINE void PrefetchWords(const std::byte* tiles, int64_t tile_stride, int64_t unit,
+                              int64_t ahead) {
+  const int64_t tile = unit * kLanes / kTileRows;
+  for (int64_t t = 0; t < kTilesPerUnit; ++t)
+    hwy::Prefetch(tiles + (tile + t) * tile_stride + ahead);
+}
+
+// The same for any element type, converted to float32 by `load(pointer)`, which returns a vector of
+// at most 8 lanes.
+template <class T, class Load>
+HWY_INLINE VF LoadTileVector(const T* tiles, int64_t tile_stride, int64_t unit, const Load& load) {
+  if constexpr (kLanes == 16) {
+    const DF df;
+    return hn::Combine(df, load(tiles + (2 * unit + 1) * tile_stride),
+                       load(tiles + 2 * unit * tile_stride));
+  } else {
+    constexpr int64_t kUnits = kTileRows / kLanes;
+    return load(tiles + unit / kUnits * tile_stride + unit % kUnits * kLanes);
+  }
+}
+using DTile = hn::CappedTag<float, kTileRows>;
+
+// A vector of a table of the scales' type, [tiles, groups, 8].
+HWY_INLINE VF LoadNumbers(const LinearWeights& w, const void* table, int64_t unit, int64_t group) {
+  const int64_t stride = int64_t{w.groups} * kTileRows;
+  if (w.format.scale == DType::kF32) {
+    const auto* numbers = static_cast<const float*>(table) + group * kTileRows;
+    return LoadTileVector(numbers, stride, unit,
+                          [](const float* at) FRAMEQUILT_INLINE { return hn::LoadU(DTile(), at); });
+  }
+  const auto* numbers = static_cast<const hwy::float16_t*>(table) + group * kTileRows;
+  return LoadTileVector(numbers, stride, unit, [](const hwy::float16_t* at) FRAMEQUILT_INLINE {
+    return hn::PromoteTo(DTile(), hn::LoadU(hn::Rebind<hwy::float16_t, DTile>(), at));
+  });
+}
+
+HWY_INLINE VF LoadScales(const LinearWeights& w, int64_t unit, int64_t group) {
+  return LoadNumbers(w, w.scales, unit, group);
+}
+
+HWY_INLINE VF LoadZeros(const LinearWeights& w, int64_t unit, int64_t group) {
+  if (w.zeros == nullptr) return hn::Set(DF(), static_cast<float>(1 << (w.format.bits - 1)));
+  const int64_t stride = int64_t{w.groups} * kTileRows;
+  return LoadTileVector(
+      w.zeros + group * kTileRows, stride, unit, [](const uint8_t* at) FRAMEQUILT_INLINE {
+        const hn::Rebind<int32_t, DTile> di;
+        return hn::ConvertTo(DTile(),
+                             hn::PromoteTo(di, hn::LoadU(hn::Rebind<uint8_t, DTile>(), at)));
+      });
+}
+
+// --- Codes -----------------------------------------------------------------------------------
+
+constexpr int kHalfInputs = 16;  // of a superblock of 32
+constexpr int kHalfWords = kHalfInputs / 4;
+
+// Bytes between the superblocks of a tile.
+constexpr int64_t SuperblockBytes(int bits) { return int64_t{kBlockBytes} * bits; }
+
+// The bits [kFrom, kFrom + kBits) of every byte, moved to kTo.
+template <int kBits, int kFrom, int kTo>
+HWY_INLINE VU MovedBits(VU word) {
+  constexpr uint32_t kMask = (((1u << kBits) - 1) << kTo) * 0x01010101u;
+  if constexpr (kFrom > kTo) word = hn::ShiftRight<kFrom - kTo>(word);
+  if constexpr (kFrom < kTo) word = hn::ShiftLeft<kTo - kFrom>(word);
+  return hn::And(word, hn::Set(DU(), kMask));
+}
+
+// The codes of half `half` of a superblock as bytes: word j holds inputs 4j..4j+3 of the half, for
+// the rows of a unit.
+template <int kBits>
+HWY_INLINE void LoadCodes(const std::byte* superblock, int half, int64_t tile_stride, int64_t unit,
+                          VU (&words)[kHalfWords]) {
+  const auto load = [&](int block) FRAMEQUILT_INLINE {
+    return LoadWords(superblock + block * kBlockBytes, tile_stride, unit);
+  };
+  if constexpr (kBits == 8) {
+    Unrolled<4>([&](auto j) FRAMEQUILT_INLINE { words[j] = load(4 * half + j); });
+    return;
+  }
+  if constexpr (kBits >= 4) {  // a plane of 4 bits: two blocks a half
+    Unrolled<2>([&](auto b) FRAMEQUILT_INLINE {
+      const VU raw = load(2 * half + b);
+      words[2 * b] = MovedBits<4, 0, 0>(raw);
+      words[2 * b + 1] = MovedBits<4, 4, 0>(raw);
+    });
+  } else {  // a plane of 2 bits: one block a half
+    const VU raw = load(half);
+    Unrolled<4>([&](auto j) FRAMEQUILT_INLINE { words[j] = MovedBits<2, 2 * j, 0>(raw); });
+  }
+  if constexpr (kBits == 6) {  // and one of 2
+    const VU raw = load(4 + half);
+    Unrolled<4>([&](auto j) FRAMEQUILT_INLINE {
+      words[j] = hn::Or(words[j], MovedBits<2, 2 * j, 4>(raw));
+    });
+  }
+  if constexpr (kBits == 5 || kBits == 3) {  // and one of 1: both halves in one block
+    const VU raw = hn::ShiftRightSame(load(kBits - 1), 4 * half);
+    Unrolled<4>([&](auto j) FRAMEQUILT_INLINE {
+      words[j] = hn::Or(words[j], MovedBits<1, j, kBits - 1>(raw));
+    });
+  }
+}
+
+// --- Results ---------------------------------------------------------------------------------
+
+// y[row][column..] = sum (+ bias) (+ old y), for the lanes that are real outputs.
+HWY_INLINE void Finish(const ops::LinearArgs& args, int64_t row, int64_t column, VF sum) {
+  const DF df;
+  const LinearWeights& w = *args.w;
+  float* const y = args.y + row * args.y_stride + column;
+  const int64_t left = w.out - column;
+  if (left >= kLanes) {
+    if (w.bias != nullptr) sum = hn::Add(sum, hn::LoadU(df, w.bias + column));
+    if (args.accumulate) sum = hn::Add(sum, hn::LoadU(df, y));
+    hn::StoreU(sum, df, y);
+    return;
+  }
+  HWY_ALIGN float lanes[kLanes];
+  hn::Store(sum, df, lanes);
+  for (int64_t i = 0; i < left; ++i) {
+    float value = lanes[i];
+    if (w.bias != nullptr) value += w.bias[column + i];
+    y[i] = args.accumulate ? value + y[i] : value;
+  }
+}
+
+#endif
+}  // namespace HWY_NAMESPACE
+}  // namespace fq::backend::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,236 @@
+// Linears with quantized inputs: kernels of every SIMD target against the scalar reference, and the
+// reference against real arithmetic on the dequantized values.
+#include "src/quant/activations.h"
+#include "tests/engine/backend/linear_problem.h"
+
+namespace fq::backend {
+namespace {
+
+using model::ActivationFormat;
+using model::WeightFormat;
+
+struct Case {
+  std::string target;
+  WeightFormat weights;
+  ActivationFormat activations;
+};
+
+std::string plain(std::string name) {
+  std::replace(name.begin(), name.end(), '-', '_');
+  return name;
+}
+
+std::string case_name(const testing::TestParamInfo<Case>& info) {
+  return plain(info.param.target + "_" + info.param.weights.name() + "_" +
+               info.param.activations.name());
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const std::string& target : simd_target_names()) {
+    int turn = 0;
+    for (const WeightFormat& weights : affine_formats()) {
+      const ActivationFormat chosen[] = {{8, true}, {4, true}, {8, false}, {8, true}, {6, false}};
+      all.push_back({target, weights, chosen[turn++ % 5]});
+    }
+  }
+  return all;
+}
+
+// Without a fused multiply-add two or three operations a span are rounded once more, on terms of at
+// most |q s scale code| and |z s w|: twice the reference's own bound (below).
+void expect_near(const Problem& problem, const std::vector<float>& got,
+                 const std::vector<float>& want) {
+  const quant::LinearWeights& w = problem.packed.view;
+  const int span = std::min(w.group, quant::kIntegerSpan);
+  const double spans = (w.in + span - 1) / span;
+  std::vector<int8_t> codes(static_cast<size_t>(w.in));
+  for (int64_t r = 0; r < problem.rows; ++r) {
+    const quant::QuantizedRow row = quant::quantize_row(
+        problem.args.x + r * problem.args.x_stride, w.in, problem.args.activations, codes.data());
+    for (int o = 0; o < w.out; ++o) {
+      double size = 20.0;
+      for (int i = 0; i < w.in; ++i) {
+        const double scale = quant::group_scale(w, o, i / w.group);
+        size +=
+            255.0 * row.scale *
+            (std::fabs(double{quant::weight_at(w, o, i)}) + scale * quant::weight_code_at(w, o, i));
+      }
+      const size_t at = static_cast<size_t>(r * problem.args.y_stride + o);
+      ASSERT_NEAR(got[at], want[at], (spans + 4) * 8 * kUnit * size)
+          << "row " << r << " output " << o;
+    }
+  }
+}
+
+class IntegerKernels : public testing::TestWithParam<Case> {
+ protected:
+  LinearFn kernel() const {
+    const auto backend = backend_of(GetParam().target);
+    const auto fn = backend->linear(GetParam().weights, GetParam().activations);
+    EXPECT_TRUE(fn);
+    return *fn;
+  }
+};
+
+TEST_P(IntegerKernels, EqualTheReferenceForOddShapes) {
+  const std::pair<int, int> shapes[] = {{1, 1},   {5, 3},    {16, 32},  {17, 33},
+                                        {24, 70}, {40, 129}, {90, 1100}};
+  const LinearFn fn = kernel();
+  for (const auto& [out, in] : shapes) {
+    for (const int64_t rows : {1, 2, 4, 5, 8, 9, 12, 13, 33}) {
+      SCOPED_TRACE(testing::Message() << "out " << out << " in " << in << " rows " << rows);
+      const Problem problem(GetParam().weights, out, in, rows, rows % 2 == 1, rows % 3 == 0,
+                            GetParam().activations);
+      const std::vector<float> want = problem.reference();
+      const std::vector<float> got = problem.run(fn, 2);
+      if (has_fma(GetParam().target)) {
+        EXPECT_SAME_BITS(got, want);
+      } else {
+        expect_near(problem, got, want);
+      }
+      if (HasFailure()) return;
+    }
+  }
+}
+
+TEST_P(IntegerKernels, ValueOfARowDoesNotDependOnTheOthersNorOnThreads) {
+  const int64_t rows = 201;
+  const int in = 1100, out = 150;
+  const Problem problem(GetParam().weights, out, in, rows, true, false, GetParam().activations);
+  const LinearFn fn = kernel();
+  const std::vector<float> together = problem.run(fn, 3);
+  EXPECT_SAME_BITS(problem.run(fn, 1), together);
+  ThreadPool pool(1);
+  std::vector<float> pieces = problem.fresh_output();
+  int64_t begin = 0;
+  for (const int64_t count : {1, 2, 3, 4, 5, 6, 8, 11, 24, 50, 87}) {
+    ops::LinearArgs part = problem.args;
+    part.x += begin * part.x_stride;
+    part.y = pieces.data() + begin * part.y_stride;
+    part.rows = count;
+    fn(part, pool);
+    begin += count;
+  }
+  ASSERT_EQ(begin, rows);
+  EXPECT_SAME_BITS(pieces, together);
+}
+
+// The largest sums there can be: every code and every input at an end of its range, over more
+// inputs than a span. An accumulator that saturates or wraps cannot pass (plain 8-bit pairs would:
+// 2 * 255 * 128 > 32767).
+TEST_P(IntegerKernels, ExtremesDoNotSaturate) {
+  const int in = 1100, out = 20;
+  for (const float sign : {1.0f, -1.0f}) {
+    Problem problem(GetParam().weights, out, in, 13, false, false, GetParam().activations);
+    // Weights from -w to +w with nearly all at one end use the outermost codes.
+    std::vector<float> weights(static_cast<size_t>(out) * in, sign);
+    for (size_t i = 0; i < weights.size(); i += 16) weights[i] = -sign;
+    auto packed = quant::pack_linear(weights.data(), out, in, GetParam().weights,
+                                     quant::AffineRange::kIncludeZero);
+    ASSERT_TRUE(packed);
+    problem.packed = std::move(*packed);
+    problem.args.w = &problem.packed.view;
+    std::fill(problem.x.begin(), problem.x.end(), -1.0f);
+    for (size_t i = 5; i < problem.x.size(); i += 64) problem.x[i] = 1.0f;
+    if (!GetParam().activations.symmetric) problem.set_row_sums();
+    const std::vector<float> want = problem.reference();
+    const std::vector<float> got = problem.run(kernel(), 1);
+    if (has_fma(GetParam().target)) {
+      EXPECT_SAME_BITS(got, want);
+    } else {
+      expect_near(problem, got, want);
+    }
+  }
+}
+
+TEST_P(IntegerKernels, ARowThatIsNotFiniteStaysAlone) {
+  Problem problem(GetParam().weights, 33, 70, 12, false, false, GetParam().activations);
+  problem.x[static_cast<size_t>(3 * problem.args.x_stride + 69)] =
+      std::numeric_limits<float>::quiet_NaN();
+  problem.x[static_cast<size_t>(7 * problem.args.x_stride)] =
+      std::numeric_limits<float>::infinity();
+  problem.args.x = problem.x.data();
+  const std::vector<float> got = problem.run(kernel(), 1);
+  for (int64_t r = 0; r < 12; ++r) {
+    for (int o = 0; o < 33; ++o) {
+      const bool finite = std::isfinite(got[static_cast<size_t>(r * problem.args.y_stride + o)]);
+      EXPECT_EQ(finite, r != 3 && r != 7) << "row " << r << " output " << o;
+    }
+  }
+}
+
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(IntegerKernels);  // a machine without SIMD
+INSTANTIATE_TEST_SUITE_P(Targets, IntegerKernels, testing::ValuesIn(cases()), case_name);
+
+// --- The reference itself ---------------------------------------------------------------------
+
+// Sum of (q - z) s_x * w over the dequantized weights, in double: what `exact` mode computes. The
+// reference rounds once per operation on terms of at most |q s w| (and |z s w| for the zeros), two
+// or three of them a span: a bound of (spans + 4) * 4 roundings of the sum of magnitudes.
+TEST(IntegerReference, EqualsRealArithmeticOnTheDequantizedValues) {
+  for (const WeightFormat& weights : affine_formats()) {
+    for (const ActivationFormat activations :
+         {ActivationFormat{8, true}, ActivationFormat{4, true}, ActivationFormat{8, false},
+          ActivationFormat{4, false}}) {
+      SCOPED_TRACE(weights.name() + " " + activations.name());
+      const int out = 9, in = 700;
+      const Problem problem(weights, out, in, 3, false, false, activations);
+      const std::vector<float> got = problem.reference();
+      const int span = std::min(problem.packed.view.group, quant::kIntegerSpan);
+      const double spans = (in + span - 1) / span;
+      std::vector<int8_t> codes(static_cast<size_t>(in));
+      for (int64_t r = 0; r < 3; ++r) {
+        const quant::QuantizedRow row = quant::quantize_row(
+            problem.x.data() + r * problem.args.x_stride, in, activations, codes.data());
+        for (int o = 0; o < out; ++o) {
+          double want = 0, size = 0;
+          for (int i = 0; i < in; ++i) {
+            const double w = quant::weight_at(problem.packed.view, o, i);
+            const int group = i / problem.packed.view.group;
+            // Codes are multiplied before their zero is taken away: those terms are larger.
+            const double scale = quant::group_scale(problem.packed.view, o, group);
+            const double largest = scale * quant::weight_code_at(problem.packed.view, o, i);
+            const double x = double(codes[static_cast<size_t>(i)] - row.zero) * row.scale;
+            want += x * w;
+            size += 255.0 * row.scale * (std::fabs(w) + largest);
+          }
+          ASSERT_NEAR(got[static_cast<size_t>(r * problem.args.y_stride + o)], want,
+                      (spans + 4) * 4 * kUnit * size);
+        }
+      }
+    }
+  }
+}
+
+TEST(QuantizeRow, CodesAreWithinHalfAStep) {
+  for (const ActivationFormat format : {ActivationFormat{8, true}, ActivationFormat{4, true},
+                                        ActivationFormat{8, false}, ActivationFormat{6, false}}) {
+    for (const float center : {0.0f, 3.0f, -50.0f}) {  // the last two: no change of sign
+      std::vector<float> x = normal_values(301, 7, 1.0f);
+      for (float& v : x) v += center;
+      std::vector<int8_t> codes(x.size());
+      const quant::QuantizedRow row =
+          quant::quantize_row(x.data(), static_cast<int64_t>(x.size()), format, codes.data());
+      for (size_t i = 0; i < x.size(); ++i) {
+        const double back = double(codes[i] - row.zero) * row.scale;
+        // The zero is rounded too, so an end of the range may lie another half step out.
+        const double steps = format.symmetric ? 0.5 : 1.0;
+        EXPECT_NEAR(back, x[i], steps * row.scale * (1 + 1e-5));
+      }
+    }
+  }
+}
+
+TEST(QuantizeRow, ZerosAndNothing) {
+  std::vector<float> x(5, 0.0f);
+  std::vector<int8_t> codes(5, 99);
+  for (const bool symmetric : {true, false}) {
+    const quant::QuantizedRow row = quant::quantize_row(x.data(), 5, {8, symmetric}, codes.data());
+    for (const int8_t code : codes) EXPECT_EQ(code - row.zero, 0);
+  }
+  quant::quantize_row(x.data(), 0, {8, true}, codes.data());
+}
+
+}  // namespace
+}  // namespace fq::backend
