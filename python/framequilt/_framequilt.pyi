@@ -38,6 +38,7 @@ class Engine:
         self,
         model: Model,
         kv: str = "",
+        activations: str = "",
         memory_bytes: typing.SupportsInt | typing.SupportsIndex = 1073741824,
         threads: typing.SupportsInt | typing.SupportsIndex = 0,
         chunk_rows: typing.SupportsInt | typing.SupportsIndex = 256,

@@ -306,6 +306,9 @@ class Engine:
     Args:
         model: a model directory made by `framequilt convert`.
         kv: format of the KV cache, "kv32", "kv16", "kv8" or "kv4"; None is the model's default.
+        activations: how the inputs of linears are quantized: "a16" (not at all), "a8", "a6" or
+            "a4", per token, "-asym" behind them for an asymmetric range; None is what the model
+            says. Weights in f32 and bf16, the embedding and the head keep the model's.
         memory: bytes for KV pages and workspace, as 2**30, "1GiB" or "512MB". Weights are mapped
             and not counted.
         threads: compute threads; 0 is one per physical core.
@@ -325,6 +328,7 @@ class Engine:
         model: str | os.PathLike[str],
         *,
         kv: str | None = None,
+        activations: str | None = None,
         memory: int | str = "1GiB",
         threads: int = 0,
         max_sequences: int = 64,
@@ -360,6 +364,7 @@ class Engine:
         self._engine = native.Engine(
             opened,
             kv=kv or "",
+            activations=activations or "",
             memory_bytes=memory_bytes,
             threads=threads,
             chunk_rows=chunk_rows,

@@ -205,11 +205,13 @@ PICTURE = np.zeros((20, 60, 3), np.uint8)
 
 def test_options_reach_the_native_engine(native, tmp_path):
     path = model_directory(tmp_path)
-    with Engine(path, kv="kv4", memory="2GiB", threads=3, max_sequences=5, verify=True):
+    options = {"kv": "kv4", "activations": "a8", "memory": "2GiB", "threads": 3}
+    with Engine(path, **options, max_sequences=5, verify=True):
         pass
     assert native.opened == (str(path), True)
     assert native.options == {
         "kv": "kv4",
+        "activations": "a8",
         "memory_bytes": 2 * 2**30,
         "threads": 3,
         "chunk_rows": 256,

@@ -55,6 +55,7 @@ def command(
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="The question is the whole prompt.")] = False,
     kv: common.KvOption = None,
+    activations: common.ActivationsOption = None,
     memory: common.MemoryOption = "1GiB",
     threads: common.ThreadsOption = 0,
     max_tokens: common.MaxTokensOption = 256,
@@ -81,7 +82,7 @@ def command(
     )
     reduction = reduction_of(cost, similarity)
     talkative = not (quiet or as_json)
-    with Engine(model, kv=kv, memory=memory, threads=threads) as engine:
+    with Engine(model, kv=kv, activations=activations, memory=memory, threads=threads) as engine:
         with frame_progress(talkative) as progress:
             request = Request(
                 question,

@@ -186,6 +186,7 @@ def command(
     similarity: common.SimilarityOption = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     kv: common.KvOption = None,
+    activations: common.ActivationsOption = None,
     memory: common.MemoryOption = "1GiB",
     threads: common.ThreadsOption = 0,
     max_tokens: common.MaxTokensOption = 512,
@@ -201,7 +202,7 @@ def command(
     sampling = Sampling(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    with Engine(model, kv=kv, memory=memory, threads=threads) as engine:
+    with Engine(model, kv=kv, activations=activations, memory=memory, threads=threads) as engine:
         session = Session(
             engine, sampling, reduction_of(cost, similarity), system, frames, fps, as_json
         )

@@ -25,6 +25,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 KvOption = Annotated[
     str | None, typer.Option("--kv", help="KV cache format: kv32, kv16, kv8 or kv4.")
 ]
+ActivationsOption = Annotated[
+    str | None,
+    typer.Option("--activations", help="Quantize inputs of linears: a16 (not), a8, a6, a4, -asym."),
+]
 MemoryOption = Annotated[
     str, typer.Option("--memory", help="Memory for KV pages and workspace, as 1GiB or 512MB.")
 ]

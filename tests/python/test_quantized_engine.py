@@ -1,0 +1,165 @@
+"""Quantized weights and activations as the engine runs them.
+
+Two oracles: the published reference's own logits for its tiny models, and transformers on weights
+that were dequantized with the converter's numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+from oracles import tiny
+from oracles.native import NativeEngine
+from oracles.shared import manifest, shared
+from safetensors.numpy import load_file
+
+from framequilt.convert import convert
+from framequilt.model_directory import ModelDirectory
+
+GOLDEN = ("golden", "quantization")
+TABLES = {"decoder.embedding": "f32", "decoder.head": "f32"}
+
+
+def golden_settings() -> list[tuple[str, str]]:
+    """Family and setting of every golden with weights and activations only, of known families."""
+    settings = ("fp", "W8", "W6", "W4", "W3", "W2", "W8A8", "W6A6", "W4A8", "W4A4")
+    return [(family, setting) for family in ("llama",) for setting in settings]
+
+
+@pytest.mark.parametrize(("family", "setting"), golden_settings())
+def test_logits_equal_the_reference_implementation(
+    tmp_path: Path, family: str, setting: str
+) -> None:
+    """The published quantizer (groups of 32, its own range), per-token asymmetric activations."""
+    source = shared(*GOLDEN, "tiny_models", family)
+    about = manifest(*GOLDEN)["tiny_models"]["families"][family]["settings"].get(setting)
+    if about is None:
+        pytest.skip(f"no golden {setting} for {family}")
+    golden = load_file(str(source / "golden.safetensors"))
+    tiny.write_tokenizer(tmp_path / "tokenizer", 128)
+    bits, inputs = about.get("w_bit"), about.get("a_bit")
+    convert(
+        source,
+        tmp_path / "model",
+        weights="f32" if bits is None else f"w{bits}g32-f32scale",
+        overrides=TABLES,
+        range_="reference",
+        tokenizer=tmp_path / "tokenizer",
+        kv="kv16",
+    )
+    engine = NativeEngine(
+        tmp_path / "model", kv="kv32", activations="" if inputs is None else f"a{inputs}-asym"
+    )
+    answer = engine.run(golden["input_ids"].tolist(), return_prompt_logits=True)
+    assert answer.error is None
+    got, want = answer.prompt_logits, golden[f"{setting}.logits"]
+    assert got is not None
+    if inputs is None:
+        # Codes are equal bit by bit (C++ and Python tests say so), so only float32 sums differ.
+        assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()
+    else:
+        # A row's scale may differ in its last bit, and one code in thousands then flips.
+        assert np.linalg.norm(got - want) <= 2e-2 * np.linalg.norm(want)
+
+
+def dequantized(model: Any, directory: Path) -> Any:
+    """`model` with the weights that the model directory holds."""
+    stored = ModelDirectory(directory)
+    names = {
+        "self_attn.q_proj": "attention.q", "self_attn.k_proj": "attention.k",
+        "self_attn.v_proj": "attention.v", "self_attn.o_proj": "attention.o",
+        "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down",
+    }  # fmt: skip
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            for ours, slot in names.items():
+                weight = stored.linear(f"decoder.layers.{index}.{slot}")
+                layer.get_submodule(ours).weight.copy_(torch.from_numpy(weight))
+    return model
+
+
+def quantizing(model: Any, bits: int, symmetric: bool) -> Any:
+    """Makes every linear but the head quantize its inputs as the contract says, in float32."""
+
+    def rounded(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0].float()
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        half = 2 ** (bits - 1)
+        if symmetric:
+            scale = torch.maximum(-low, high).clamp(min=1e-5) / (half - 1)
+            q = (x / scale).round().clamp(-half, half - 1)
+        else:
+            scale = (high - low).clamp(min=1e-5) / (2 * half - 1)
+            zero = (-(low / scale).round()).clamp(0, 2 * half - 1)
+            q = ((x / scale).round() + zero).clamp(0, 2 * half - 1) - zero
+        return ((q * scale).to(args[0].dtype), *args[1:])
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            module.register_forward_pre_hook(rounded)
+    return model
+
+
+FORMATS = ("w2g16", "w3g32-sym", "w4g32-offset", "w4g128", "w5g64", "w6row", "w8row-sym")
+
+
+@pytest.mark.parametrize("activations", ["a16", "a8", "a4", "a8-asym"])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_logits_equal_transformers_with_the_same_codes(
+    tmp_path: Path, weights: str, activations: str
+) -> None:
+    model = tiny.tiny_qwen2(tmp_path / "src", seed=5)
+    convert(tmp_path / "src", tmp_path / "model", weights=weights, overrides=TABLES, kv="kv16")
+    exact = dequantized(model, tmp_path / "model")
+    if activations != "a16":
+        exact = quantizing(exact, int(activations[1]), not activations.endswith("-asym"))
+    prompt = np.random.default_rng(4).integers(0, 120, 40).tolist()
+    with torch.no_grad():
+        want = exact(torch.tensor([prompt])).logits[0].numpy()
+    engine = NativeEngine(tmp_path / "model", kv="kv32", activations=activations)
+    got = engine.run(prompt, return_prompt_logits=True).prompt_logits
+    assert got is not None
+    error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    # Float32 sums differ by about 1e-6. A quantized input amplifies that only where a value lies
+    # within as much of a border between two codes: then one code of a row flips, which moves this
+    # row (and what attends to it) by up to a step. Most rows must be equal to rounding.
+    assert np.median(error) < 1e-5, error
+    assert error.max() < (1e-5 if activations == "a16" else 0.05), error
+
+
+def test_the_model_says_how_its_inputs_are_quantized(tmp_path: Path) -> None:
+    tiny.tiny_llama(tmp_path / "src", seed=5)
+    convert(
+        tmp_path / "src",
+        tmp_path / "model",
+        weights="w4g32",
+        activations="a8",
+        overrides=TABLES,
+        kv="kv16",
+    )
+    prompt = list(range(7, 40))
+    asked = NativeEngine(tmp_path / "model", activations="a8").run(prompt, 4).logits
+    model_own = NativeEngine(tmp_path / "model").run(prompt, 4).logits
+    exact = NativeEngine(tmp_path / "model", activations="a16").run(prompt, 4).logits
+    assert asked is not None and model_own is not None and exact is not None
+    assert np.array_equal(asked, model_own)
+    assert not np.array_equal(exact, model_own)
+
+
+def test_an_unknown_activation_format_is_refused(tmp_path: Path) -> None:
+    from framequilt import _framequilt
+
+    tiny.tiny_llama(tmp_path / "src", seed=5)
+    convert(tmp_path / "src", tmp_path / "model", weights="w4g32", kv="kv16")
+    with pytest.raises(Exception, match="a9"):
+        _framequilt.Engine(_framequilt.Model.open(str(tmp_path / "model")), activations="a9")
