@@ -163,11 +163,11 @@ def test_the_rows_of_a_question_are_named_by_their_place_in_the_video() -> None:
     sample = Questions()
     with torch.no_grad():
         done = sample.together(Params(0.3, 0.6, 0.1, 5))
-    assert done.scores is not None and done.candidates is not None and done.cut is not None
+    assert done.scores is not None and done.candidates is not None
     keep = done.index[-1].shape[1]
+    assert keep == done.kept
     for j in range(3):
-        chosen = done.candidates[done.scores[j] >= done.cut[j]]
-        assert chosen.numel() == keep
+        chosen = done.candidates[done.scores[j].topk(keep).indices.sort().values]
         assert chosen.tolist() == done.index[-1][j].tolist()
     assert done.middle[-1].shape == (3, keep, sample.config.width)
 
@@ -183,3 +183,26 @@ def test_gradients_reach_the_rows_that_survive_and_those_averaged_into_them() ->
     alive[done.index[-1].flatten()] = True
     assert bool((touched >= alive).all())
     assert int(touched.sum()) > int(alive.sum())
+
+
+def test_answers_have_no_say_in_what_is_pruned() -> None:
+    sample = Questions()
+    with torch.no_grad():
+        before = sample.together(Params(0.3, 0.6, 0.1, 5))
+        for j, end in enumerate(sample.ends):
+            sample.tokens[j, end + 1 :] += 7
+        after = sample.together(Params(0.3, 0.6, 0.1, 5))
+    assert before.scores is not None and after.scores is not None
+    assert torch.equal(before.scores, after.scores)
+    for j, end in enumerate(sample.ends):
+        assert torch.equal(before.logits[j, : end + 1], after.logits[j, : end + 1])
+
+
+def test_an_overspent_budget_ends_the_reduction_in_training() -> None:
+    sample = Questions(layers=2)
+    with torch.no_grad():
+        done = sample.together(Params(0.4, 0.9, 0.1, 2))
+        with pytest.raises(BudgetExhausted):
+            sample.alone(0, Params(0.4, 0.9, 0.1, 2))
+    assert done.state.finish_prune and done.kept == 0
+    assert done.logits.shape == (3, 12, sample.config.vocab)

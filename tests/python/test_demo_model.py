@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
 
+from framequilt.demo.card import same_limit  # noqa: E402
+from framequilt.demo.evaluate import Score  # noqa: E402
 from framequilt.demo.export import export, hf_config, hf_names, load_checkpoint, own_names  # noqa: E402
 from framequilt.demo.lm_data import Plan, video_batch  # noqa: E402
 from framequilt.demo.lm_train import LmRun, shared_forward, visual_rows  # noqa: E402
 from framequilt.demo.merging import compact, merge_runs  # noqa: E402
 from framequilt.demo.model import DemoConfig, DemoModel  # noqa: E402
-from framequilt.demo.scenes import make_world  # noqa: E402
+from framequilt.demo.scenes import QA, make_world  # noqa: E402
 from framequilt.demo.tokenizer import SPECIAL, VOCAB_SIZE, Prompts  # noqa: E402
 
 SMALL = DemoConfig(tower_layers=1, width=64, layers=2, heads=2, kv_heads=1, mlp=64)
@@ -187,3 +190,31 @@ def test_two_and_two_steps_equal_four(tmp_path: Path) -> None:
     assert whole.step == halves.step == 4
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, halves.model.state_dict()[name]), name
+
+
+def test_a_fused_batch_teaches_answers_and_where_to_look(tmp_path: Path) -> None:
+    deeper = replace(SMALL, layers=5)
+    run = LmRun(tmp_path, deeper, scale=0.25)
+    run.step = 80  # behind the warm-up
+    run.threshold = 0.999  # a fresh tower: hardly anything merges, so that pruning happens
+    plan = Plan(mix={"8": 1.0}, fused=1.0, fused_questions=3, rank=1.0, aux=0.0, lr=3e-3)
+    batch = video_batch(deeper, run.prompts, plan, 5, 0.25)
+    first = run.update(batch)
+    assert int(first["mode"]) == 2
+    assert not bool(first["right"][:, 3:].any())
+    for _ in range(20):
+        last = run.update(batch)
+    for name in ("loss_answer_fused", "loss_rank"):
+        assert float(last[name].detach()) < 0.9 * float(first[name].detach()), name
+
+
+def test_the_card_counts_the_two_questions_of_same_apart() -> None:
+    score = Score()
+    for hit, answer in ((True, "yes"), (False, "no"), (True, "yes"), (True, "red cross")):
+        score.add(QA("same", "", answer), hit, None)
+    found = score.to_dict()
+    assert found["same"] == {"scene": {"hits": 2, "n": 3}, "still": {"hits": 1, "n": 1}}
+    assert found["kinds"]["same"]["accuracy"] == 0.75
+    text = " ".join(" ".join(same_limit({"costs": {"1.0": found, "0.3": found}})).split())
+    assert "1 of 1 (1 of 1 with FrameFusion)" in text
+    assert "2 of 3 (2 of 3 with FrameFusion), no more than always answering yes" in text

@@ -30,7 +30,7 @@ from framequilt.demo.fusion import TEXT, Params, State, generate
 from framequilt.demo.generate import read_mp4, resize_frames, write_mp4
 from framequilt.demo.merging import frame_cosines
 from framequilt.demo.model import DemoModel, to_images
-from framequilt.demo.scenes import KINDS, make_scene
+from framequilt.demo.scenes import KINDS, QA, make_scene
 from framequilt.demo.tokenizer import Prompts
 
 THRESHOLD_SEED = 500_000_000
@@ -105,13 +105,19 @@ class Score:
 
     hits: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     seen: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    split: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
     kept: list[float] = field(default_factory=list)
     branches: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
-    def add(self, kind: str, right: bool, state: State | None) -> None:
-        """Counts one answer."""
+    def add(self, question: QA, right: bool, state: State | None) -> None:
+        """Counts one answer; the two questions of `same` are counted apart, too."""
+        kind = question.kind
         self.seen[kind] += 1
         self.hits[kind] += int(right)
+        if kind == "same":
+            part = self.split["scene" if question.answer in ("yes", "no") else "still"]
+            part[0] += int(right)
+            part[1] += 1
         if state is not None:
             text = state.prompt_rows - state.visual_rows
             shares = [(n - text) / state.visual_rows for n in state.lengths]
@@ -140,6 +146,7 @@ class Score:
                 "interval": list(wilson(hits, seen)),
             },
             "mean_visual_share": float(np.mean(self.kept)) if self.kept else 1.0,
+            "same": {part: {"hits": h, "n": n} for part, (h, n) in sorted(self.split.items())},
             "branches": dict(self.branches),
         }
 
@@ -178,7 +185,7 @@ def evaluate(
                 for cost, score in scores.items():
                     params = Params(cost, found, 0.1, layers) if cost < 1.0 else None
                     text, state = asker.answer(rows, q.question, params)
-                    score.add(q.kind, text == q.answer, state)
+                    score.add(q, text == q.answer, state)
     return {
         "frames": frames,
         "mp4": mp4,

@@ -29,10 +29,10 @@ class Fused:
     index: list[Tensor]  # per asked layer [1 or Q, rows]: which visual row of the video each is
     state: State
     # Set when pruning happened: log importance [Q, rows] of the visual rows it chose among,
-    # their indices [rows], and the lowest importance that stayed [Q].
+    # their indices [rows], and how many stayed.
     scores: Tensor | None = None
     candidates: Tensor | None = None
-    cut: Tensor | None = None
+    kept: int = 0
 
 
 @dataclass
@@ -151,7 +151,10 @@ def fused_forward(
 
 
 def _merge(rows: _Rows, state: State) -> None:
-    """One merging call; a budget that merging has overspent ends the reduction."""
+    """One merging call; a budget that merging has overspent ends the reduction.
+
+    Inference refuses such a request; training, which draws its costs, goes on without it.
+    """
     try:
         x, kept = state.call(rows.video[0])
     except BudgetExhausted:
@@ -162,18 +165,20 @@ def _merge(rows: _Rows, state: State) -> None:
 
 
 def _prune(rows: _Rows, state: State, scores: Tensor, done: Fused) -> None:
-    """The pruning call: one sequence per question from here on."""
+    """The pruning call: one sequence per question from here on, unless the budget is overspent."""
     questions, now = scores.shape
-    begin, count, keep = state.prune_range(now)
+    state.finish_prune = True
+    try:
+        begin, count, keep = state.prune_range(now)
+    except BudgetExhausted:
+        return
     done.scores = scores[:, begin : begin + count]
     done.candidates = rows.place[0, begin : begin + count] - begin
     order = torch.argsort(done.scores.detach(), dim=1, descending=True, stable=True)[:, :keep]
-    if keep > 0:
-        done.cut = done.scores.detach().gather(1, order[:, -1:])[:, 0]
+    done.kept = keep
     best = begin + order.sort(1).values
     text = torch.arange(begin).expand(questions, begin)
     survivors = torch.cat([text, best], 1)  # [Q, begin + keep]: the visual rows end the prefix
     rows.video, rows.place = rows.video[0][survivors], rows.place[0][survivors]
     rows.changed()
-    state.finish_prune = True
     state.branches.append("prune")

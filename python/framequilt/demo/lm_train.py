@@ -34,6 +34,7 @@ COSTS = (0.25, 0.42)  # of FrameFusion in training, drawn evenly
 RATIO_LOWER_BOUND = 0.1
 FUSED_FRAMES = 8  # from this many frames on a batch may go through FrameFusion
 LONGEST = 32  # frames of the videos whose median cosines make the threshold
+LEAST = 0.25  # importance times rows kept: where things should be above and backgrounds below
 MEDIAN_RATE = 0.03  # of the running mean, per batch
 
 
@@ -233,8 +234,8 @@ def fused_losses(
         answers.append(loss)
         right[k, asked[k]] = hits
         lengths.append(sum(done.state.lengths[:-1]) / layers)
-        if done.scores is not None and done.candidates is not None and done.cut is not None:
-            above = done.scores - done.cut[:, None]
+        if done.scores is not None and done.candidates is not None and done.kept > 0:
+            above = done.scores - math.log(LEAST / done.kept)
             want = things[k, done.candidates].expand_as(above)
             ranks.append(F.binary_cross_entropy_with_logits(above, want))
         if plan.aux > 0:
