@@ -5,7 +5,7 @@ neighbouring outputs in a word, output 8 * n + ORDER[k] at bits 4 * k; `qzeros` 
 out / 8] likewise; `scales` [groups, out]. w = (code - zero) * scale. Source: the layout as
 published with the AWQ release (arXiv 2306.00978) and its packing for GEMM kernels.
 
-Memory: scales and zeros unpacked, codes mapped. Any thread.
+Memory: the checkpoint stays mapped. One thread.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from framequilt.convert.importers.common import (
     Coded,
     Imported,
     Settings,
+    Tables,
     TableTensor,
     expect_shape,
     group_size,
@@ -55,19 +56,12 @@ def _linear(source: Source, module: str, group: int) -> TableTensor:
         unpacked = unpack(words.data[:, first : -(-stop // 8)])
         return np.ascontiguousarray(unpacked[:, start - 8 * first : stop - 8 * first].T)
 
-    return TableTensor(
-        Coded(
-            f"{module}.weight",
-            "AWQ",
-            words.bytes + zeros.bytes + scales.bytes,
-            inputs,
-            4,
-            group,
-            np.ascontiguousarray(scales.all().T),
-            np.ascontiguousarray(unpack(zeros.data).T),
-            codes,
-        )
-    )
+    def tables() -> Tables:
+        return np.ascontiguousarray(scales.all().T), np.ascontiguousarray(unpack(zeros.data).T)
+
+    size = words.bytes + zeros.bytes + scales.bytes
+    name = f"{module}.weight"
+    return TableTensor(Coded(name, "AWQ", size, 8 * columns, inputs, 4, group, tables, codes))
 
 
 def read(source: Source, settings: Settings) -> Imported:

@@ -1,6 +1,7 @@
 """What the importers of Hugging Face checkpoints share: settings, packed words, groups of tensors.
 
-Memory: mapped files stay mapped; unpacked arrays belong to the caller. Any thread.
+Memory: mapped files stay mapped; scales and zeros are in memory for one linear at a time. One
+thread.
 """
 
 from __future__ import annotations
@@ -106,27 +107,41 @@ def unpack_stream(words: NDArray[np.generic], bits: int, count: int) -> NDArray[
     return (values & np.uint32(2**bits - 1)).astype(np.uint8)
 
 
+Tables = tuple[NDArray[np.float32], NDArray[np.uint8]]
+
+
 @dataclass(frozen=True)
 class Coded:
     """A linear [out, in] as an importer finds it.
 
-    `scales` float32 and `zeros` are [out, groups]; `codes(start, stop)` gives unsigned codes
+    `tables()` reads scales and zeros, both [out, groups]; `codes(start, stop)` unsigned codes
     [stop - start, in] of `bits` bits. w = (code - zero) * scale.
     """
 
     name: str
     kind: str  # what reports call it
     bytes: int  # in the checkpoint
+    out: int
     inputs: int
     bits: int
     group: int  # consecutive inputs, 0: the whole row
-    scales: NDArray[np.float32]
-    zeros: NDArray[np.uint8]
+    tables: Callable[[], Tables]
     codes: Callable[[int, int], NDArray[np.uint8]]
 
-    def __post_init__(self) -> None:
-        if not np.isfinite(self.scales).all():
-            raise CorruptModel(f"{self.name}: a scale is not a finite number")
+
+class _HeldTables:
+    """Scales and zeros of a linear, in memory from its first row to its last only."""
+
+    def __init__(self, coded: Coded) -> None:
+        self._coded = coded
+        self._held: Tables | None = None
+
+    def rows(self, start: int, stop: int) -> Tables:
+        """Scales and zeros [stop - start, groups]."""
+        scales, zeros = self._held = self._held or self._coded.tables()
+        if stop >= self._coded.out:
+            self._held = None
+        return scales[start:stop], zeros[start:stop]
 
 
 class TableTensor(CodedTensor):
@@ -136,9 +151,10 @@ class TableTensor(CodedTensor):
     """
 
     def __init__(self, coded: Coded, activations: ActivationFormat | None = None) -> None:
-        """Errors: Unsupported where there is no such format."""
+        """Errors: CorruptModel for scales that are not finite; Unsupported where there is no such
+        format."""
         self.name, self.dtype, self.bytes = coded.name, coded.kind, coded.bytes
-        self.shape = (len(coded.scales), coded.inputs)
+        self.shape = (coded.out, coded.inputs)
         self.activations = activations
         width = min((ours for ours in BITS if ours >= coded.bits), default=None)
         group = stored_group(coded.group, coded.inputs)
@@ -147,23 +163,29 @@ class TableTensor(CodedTensor):
                 f"{coded.name}: no format of ours has {coded.bits} bits in groups of {coded.group}",
                 "convert the original checkpoint",
             )
-        symmetric = bool((coded.zeros == 2 ** (coded.bits - 1)).all())
+        scales, zeros = coded.tables()
+        _check_finite(scales, coded.name)
+        symmetric = bool((zeros == 2 ** (coded.bits - 1)).all())
         shift = 2 ** (width - 1) - 2 ** (coded.bits - 1) if symmetric else 0
-        self._shift = np.uint8(shift)
-        self._codes = coded.codes
-        self._scales = repeat_groups(coded.scales, coded.group, group, coded.inputs)
-        self._zeros = repeat_groups(coded.zeros, coded.group, group, coded.inputs) + self._shift
-        scale: Literal["f16", "f32"] = "f16" if fits_float16(coded.scales) else "f32"
+        scale: Literal["f16", "f32"] = "f16" if fits_float16(scales) else "f32"
         self.form = WeightFormat("affine", width, group, symmetric, scale)
+        self._coded, self._tables, self._shift = coded, _HeldTables(coded), np.uint8(shift)
 
     def coded_rows(self, start: int, stop: int) -> Quantized:
+        coded, form = self._coded, self.form
+        scales, zeros = self._tables.rows(start, stop)
         return Quantized(
-            self._codes(start, stop) + self._shift,
-            self._scales[start:stop],
-            self._zeros[start:stop],
-            self.form.bits,
-            self.form.group,
+            coded.codes(start, stop) + self._shift,
+            repeat_groups(scales, coded.group, form.group, coded.inputs),
+            repeat_groups(zeros, coded.group, form.group, coded.inputs) + self._shift,
+            form.bits,
+            form.group,
         )
+
+
+def _check_finite(scales: NDArray[np.float32], name: str) -> None:
+    if not np.isfinite(scales).all():
+        raise CorruptModel(f"{name}: a scale is not a finite number")
 
 
 class ScatteredTensor(SourceTensor):
@@ -173,16 +195,18 @@ class ScatteredTensor(SourceTensor):
     """
 
     def __init__(self, coded: Coded, owner: NDArray[np.int64]) -> None:
+        """Errors: CorruptModel for scales that are not finite."""
         self.name, self.bytes = coded.name, coded.bytes
         self.dtype = f"{coded.kind} in activation order"
-        self.shape = (len(coded.scales), coded.inputs)
-        self._coded, self._owner = coded, owner
+        self.shape = (coded.out, coded.inputs)
+        _check_finite(coded.tables()[0], coded.name)
+        self._coded, self._tables, self._owner = coded, _HeldTables(coded), owner
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
-        coded, owner = self._coded, self._owner
-        steps = coded.codes(start, stop).astype(np.int16)
-        steps -= coded.zeros[start:stop].astype(np.int16)[:, owner]
-        return steps.astype(np.float32) * coded.scales[start:stop][:, owner]
+        scales, zeros = self._tables.rows(start, stop)
+        steps = self._coded.codes(start, stop).astype(np.int16)
+        steps -= zeros.astype(np.int16)[:, self._owner]
+        return steps.astype(np.float32) * scales[:, self._owner]
 
 
 def group_owners(source: Source, name: str, inputs: int, group: int) -> NDArray[np.int64] | None:

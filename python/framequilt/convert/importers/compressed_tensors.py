@@ -7,7 +7,7 @@ the outputs, I32 [words, groups].
 w = (code - zero) * scale. Quantized inputs (dynamic, per token) are recorded for the linear.
 Source: the format as published with the compressed-tensors package.
 
-Memory: scales and zeros unpacked, codes mapped. Any thread.
+Memory: the checkpoint stays mapped. One thread.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from framequilt.convert.importers.common import (
     Imported,
     ScatteredTensor,
     Settings,
+    Tables,
     TableTensor,
     expect_shape,
     group_owners,
@@ -123,14 +124,19 @@ def _linear(source: Source, module: str, group: _Group) -> Coded:
 
     scales = stored(source, f"{module}.weight_scale", FLOATS)
     groups = -(-inputs // group.group) if group.group else 1
-    zeros = np.full((out, groups), half, np.uint8)
+    point: MappedTensor | None = None
     size = words.bytes + scales.bytes
     if f"{module}.weight_zero_point" in source.tensors:
         point = stored(source, f"{module}.weight_zero_point", ("I8", "I32"))
-        zeros = _zero_points(point, out, groups, bits)
         size += point.bytes
-    table = _table(scales.all(), scales.name, out, groups)
-    return Coded(name, "compressed-tensors", size, inputs, bits, group.group, table, zeros, codes)
+
+    def tables() -> Tables:
+        zeros = np.full((out, groups), half, np.uint8)
+        if point is not None:
+            zeros = _zero_points(point, out, groups, bits)
+        return _table(scales.all(), scales.name, out, groups), zeros
+
+    return Coded(name, "compressed-tensors", size, out, inputs, bits, group.group, tables, codes)
 
 
 T = TypeVar("T", bound=np.generic)

@@ -11,7 +11,7 @@ cannot say. The inputs of a down projection may be put in another order, togethe
 of the gate and up projections that feed it: the model stays the same, and the codes fit. Other
 linears share their inputs with the whole model: those are read in float32 and quantized anew.
 
-Memory: scales and zeros unpacked, codes mapped. Any thread.
+Memory: the checkpoint stays mapped. One thread.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from framequilt.convert.importers.common import (
     Imported,
     ScatteredTensor,
     Settings,
+    Tables,
     TableTensor,
     expect_shape,
     group_owners,
@@ -48,7 +49,7 @@ Order = NDArray[np.int64]
 
 
 class Stored:
-    """The tensors of one linear, checked; `zeros` is [out, groups] without the 1 of version 1."""
+    """The tensors of one linear, checked."""
 
     def __init__(self, source: Source, module: str, bits: int, group: int, version: int) -> None:
         self.name, self.bits, self.group = f"{module}.weight", bits, group
@@ -62,12 +63,12 @@ class Stored:
         groups = -(-self.inputs // group) if group else 1
         expect_shape(zeros, groups, -(-self.out * bits // 32))
         expect_shape(scales, groups, self.out)
-        self.scales = np.ascontiguousarray(scales.all().T)
-        self.zeros = np.ascontiguousarray(unpack_stream(zeros.data, bits, self.out).T)
+        self.packed_zeros, self.scales, self.version = zeros, scales, version
+        # A zero point of 0 became -1, which is also that of 2^bits: the latter is never made.
         self.wrapped = 0
         if version == 1:
-            self.wrapped = int((self.zeros == 2**bits - 1).sum())
-            self.zeros = (self.zeros + np.uint8(1)) & np.uint8(2**bits - 1)
+            stored_zeros = unpack_stream(zeros.data, bits, self.out)
+            self.wrapped = int((stored_zeros == 2**bits - 1).sum())
         self.bytes = self.words.bytes + zeros.bytes + scales.bytes
         self.owner = group_owners(source, f"{module}.g_idx", self.inputs, group)
 
@@ -88,16 +89,23 @@ class Stored:
             found = unpack_stream(columns, self.bits, self.inputs)
             return found if inputs is None else found[:, inputs]
 
-        rows = slice(None) if outputs is None else outputs
+        def tables() -> Tables:
+            zeros = unpack_stream(self.packed_zeros.data, self.bits, self.out)
+            if self.version == 1:
+                zeros = (zeros + np.uint8(1)) & np.uint8(2**self.bits - 1)
+            rows = slice(None) if outputs is None else outputs
+            scales = self.scales.all()
+            return np.ascontiguousarray(scales.T[rows]), np.ascontiguousarray(zeros.T[rows])
+
         return Coded(
             self.name,
             "GPTQ",
             self.bytes,
+            self.out,
             self.inputs,
             self.bits,
             self.group,
-            self.scales[rows],
-            self.zeros[rows],
+            tables,
             codes,
         )
 
