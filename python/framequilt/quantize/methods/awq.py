@@ -1,0 +1,127 @@
+"""AWQ (Lin et al., arXiv 2306.00978): channels with large inputs are scaled up before rounding, and
+ranges are clipped where that lowers the error of the output.
+
+    s = max(mean|X_j|^ratio, 1e-4) for ratio in {0, 1/20, ..., 19/20};  s /= sqrt(max(s) * min(s))
+    kept: the s with the least error of the whole half (attention, or MLP) with the scaled linears
+    rounded; for a linear whose factor folds into the linear before it, of its own output
+    m = (1 - shrink) * max|w| of a group, shrink in {0, 0.05, ..., 0.45}, but for q and k
+    kept: the m with the least ||X (round(clamp(w, -m, m)) - w)||^2 of that row and group
+
+Ratio 0 and shrink 0 are plain rounding, so that no search can end above it. With quantized
+activations both searches see quantized inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from framequilt.errors import InvalidArgument
+from framequilt.quantize.calibration.blocks import Half, fake_quantize_rows
+from framequilt.quantize.formats import ActivationFormat, WeightFormat
+from framequilt.quantize.methods.grids import Grid, group_size, in_groups
+from framequilt.quantize.methods.rescale import clip_groups, scale_half
+from framequilt.quantize.methods.search import HalfResult, Setting, Statistics, Weights
+from framequilt.quantize.rtn import Range
+
+RATIO_STEPS = 20
+SHRINKS = tuple(n / 20 for n in range(10))
+_NOT_CLIPPED = ("attention.q", "attention.k")  # their product is what matters, not each output
+
+
+def candidate(mean: Tensor, ratio: float) -> Tensor:
+    """The factors of a ratio, for mean magnitudes [inputs]."""
+    s = mean.pow(ratio).clamp_min(1e-4)
+    return s / (s.max() * s.min()).sqrt()
+
+
+def search_half(
+    half: Half, weights: Weights, found: Statistics, setting: Setting, steps: int = RATIO_STEPS
+) -> HalfResult:
+    """Factors and clips of one half of a layer, with ratios n / steps."""
+    if steps < 1:
+        raise InvalidArgument(f"a grid of {steps} ratios")
+    ratios = [n / steps for n in range(steps)]
+    result = HalfResult()
+    errors = []
+    for ratio in ratios:
+        s = candidate(found.mean[0], ratio)
+        scaled = scale_half(weights, half, s, None)
+        errors.append(found.branch_error(scaled, setting, half.firsts, s))
+    ratio = ratios[errors.index(min(errors))]
+    norm_factor = candidate(found.mean[0], ratio)
+    result.report["norm"] = {"ratio": ratio, "errors": errors}
+    fold_factor = None
+    if half.fold is not None:
+        errors = []
+        for ratio in ratios:
+            s = candidate(found.mean[1], ratio)
+            scaled = scale_half(weights, half, None, s)
+            errors.append(found.last_error(scaled, setting, s))
+        ratio = ratios[errors.index(min(errors))]
+        fold_factor = candidate(found.mean[1], ratio)
+        result.report["fold"] = {"ratio": ratio, "errors": errors}
+        result.scales[half.fold] = fold_factor
+    result.scales[half.norm_name] = norm_factor
+    scaled = scale_half(weights, half, norm_factor, fold_factor)
+    for name in half.linears:
+        form = setting.formats[name]
+        if name in _NOT_CLIPPED or form.kind != "affine":
+            continue
+        is_last = name == half.last
+        factor = fold_factor if is_last else norm_factor
+        x = found.tokens[1 if is_last else 0]
+        x = x if factor is None else x / factor
+        weight = scaled[f"{name}.weight"]
+        most = best_clip(weight, x, form, setting.activations.get(name), setting.range_)
+        result.clips[name] = most
+        scaled[f"{name}.weight"] = clip_groups(weight, most, form.group)
+    result.report["error"] = found.branch_error(scaled, setting, half.linears, norm_factor)
+    return result
+
+
+def best_clip(
+    weight: Tensor,
+    x: Tensor,
+    form: WeightFormat,
+    activations: ActivationFormat | None = None,
+    range_: Range = "include_zero",
+) -> Tensor:
+    """The best bound [out, groups] of every group of a weight [out, inputs], for input rows x.
+
+    With quantized inputs y, the error y q - x w is y d + (y - x) w for d = q - w: its square is
+    d y^T y d + 2 d y^T (y - x) w and a part that does not depend on d.
+    """
+    size = group_size(form, weight.shape[1])
+    w = in_groups(weight, size)
+    y = x if activations is None else fake_quantize_rows(x, activations)
+    grouped = _columns(y, size)  # [groups, rows, size]
+    moments = grouped.transpose(1, 2) @ grouped
+    linear = None
+    if activations is not None:
+        cross = grouped.transpose(1, 2) @ _columns(y - x, size)  # y^T (y - x)
+        linear = 2 * (w.transpose(0, 1) @ cross.transpose(1, 2))  # [groups, out, size]
+    low, high = w.amin(-1), w.amax(-1)
+    peak = torch.maximum(-low, high)
+    best_most, best_error = peak, torch.full_like(peak, torch.inf)
+    for shrink in SHRINKS:
+        most = peak * (1 - shrink)
+        clipped = clip_groups(weight, most, form.group)
+        grid = Grid.between(
+            torch.maximum(low, -most), torch.minimum(high, most), form, weight.shape[1], range_
+        )
+        delta = in_groups(grid.rounded(clipped) - weight, size).transpose(0, 1)
+        error = ((delta @ moments) * delta).sum(-1)
+        if linear is not None:
+            error += (delta * linear).sum(-1)
+        better = error.T < best_error
+        best_error = torch.where(better, error.T, best_error)
+        best_most = torch.where(better, most, best_most)
+    return best_most
+
+
+def _columns(x: Tensor, size: int) -> Tensor:
+    """Rows [rows, inputs] -> [groups, rows, size]; a short last group ends in zeros."""
+    missing = -x.shape[1] % size
+    x = torch.nn.functional.pad(x, (0, missing))
+    return x.view(len(x), -1, size).transpose(0, 1)
