@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from framequilt.convert.coded import CodedTensor
 from framequilt.convert.sources import SourceTensor
 from framequilt.errors import CorruptModel, InvalidArgument, IoError
 from framequilt.quantize.calibration.blocks import Half
@@ -218,35 +219,50 @@ class MethodResult:
         formats = self.local_formats(part, number)
         return self.layer(part, number).stored(weights, self.halves[part], formats, self.range_)
 
-    def replace(self, target: str, source: SourceTensor) -> SourceTensor | Quantized:
-        """What is written in place of a checkpoint's tensor: the tensor itself, the tensor with
-        factors and clips (still to be rounded), or codes in the format of its slot."""
-        part, middle, rest = target.partition(".layers.")
-        number, dot, local = rest.partition(".")
-        if not middle or not dot or int(number) >= self.layers.get(part, 0):
-            return source
-        found = self.layer(part, int(number))
+    def tensors(self, found: Mapping[str, SourceTensor | None]) -> dict[str, SourceTensor]:
+        """What is written in place of a checkpoint's tensors, by slot: tensors with factors and
+        clips, still to be rounded, and codes. Nothing is read before its rows are asked for."""
+        result: dict[str, SourceTensor] = {}
+        for target, source in found.items():
+            part, middle, rest = target.partition(".layers.")
+            number, dot, local = rest.partition(".")
+            if source is None or not (middle and dot) or int(number) >= self.layers.get(part, 0):
+                continue
+            slot = target.removesuffix(".weight")
+            form = self.formats.get(slot)
+            if self.method == "gptq":
+                if slot != target and form is not None and form.kind == "affine":
+                    file = self.work.file(part, int(number))
+                    name = local.removesuffix(".weight")
+                    result[target] = LayerCodes(file, name, form, source)
+                continue
+            own = self._rescaled(self.layer(part, int(number)), part, local, source, form)
+            if own is not None:
+                result[target] = own
+        return result
+
+    def _rescaled(
+        self, layer: LayerResult, part: str, local: str, source: SourceTensor,
+        form: WeightFormat | None,
+    ) -> SourceTensor | None:  # fmt: skip
+        """One tensor with its factors and clips, None where it has none."""
         name, _, suffix = local.rpartition(".")
-        if suffix == "weight" and name in found.codes:
-            return found.codes[name]
-        columns = divide = most = None
+        columns = divide = None
         for half in self.halves[part]:
-            norm = found.scales.get(half.norm_name)
-            fold = None if half.fold is None else found.scales.get(half.fold)
+            norm = layer.scales.get(half.norm_name)
+            fold = None if half.fold is None else layer.scales.get(half.fold)
             if name == half.norm_name:
                 divide = norm
-            if name == half.fold:
+            elif name == half.fold:
                 divide = fold
             if suffix == "weight":
                 if name in half.firsts:
                     columns = norm
-                if name == half.last:
+                elif name == half.last:
                     columns = fold
-        if suffix == "weight":
-            most = found.clips.get(name)
+        most = layer.clips.get(name) if suffix == "weight" else None
         if columns is None and divide is None and most is None:
-            return source
-        form = self.formats.get(f"{part}.layers.{number}.{name}")
+            return None
         return RescaledTensor(
             source, columns=_array(columns), divide=_array(divide), most=_array(most),
             group=0 if form is None else form.group,
@@ -259,6 +275,36 @@ class MethodResult:
             for part, count in self.layers.items()
             for n in range(count)
         ]
+
+
+class LayerCodes(CodedTensor):
+    """Codes of one linear in a layer's file, read by rows."""
+
+    def __init__(self, file: Path, linear: str, form: WeightFormat, source: SourceTensor) -> None:
+        self.name, self.shape = source.name, tuple(source.shape)
+        self.dtype, self.bytes = form.name, source.bytes
+        self.form, self.reference = form, source
+        self._file, self._linear = file, linear
+
+    def coded_rows(self, start: int, stop: int) -> Quantized:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(self._file), "numpy") as opened:
+
+                def rows(kind: str) -> NDArray[Any]:
+                    values: NDArray[Any] = opened.get_slice(f"{kind}:{self._linear}")[start:stop]
+                    return values
+
+                offsets = rows("offsets") if self.form.offset else None
+                return Quantized(
+                    rows("codes"), rows("scales"), rows("zeros"),
+                    self.form.bits, self.form.group, offsets,
+                )  # fmt: skip
+        except SafetensorError as error:
+            raise CorruptModel(f"{self._file}: {error}", "run the method again") from error
+        except OSError as error:
+            raise IoError(f"{self._file}: {error.strerror or error}") from error
 
 
 def _array(values: Tensor | None) -> NDArray[np.float32] | None:
