@@ -105,11 +105,12 @@ def video_pixels(frames: int, size: int, seed: int) -> Any:
     return torch.randn(frames, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def test_video_of_several_frames_equals_transformers(tmp_path: Path) -> None:
-    model = tiny.tiny_llava_onevision(tmp_path / "src", seed=5)
+@pytest.mark.parametrize("size", [28, 31])  # 31: no whole number of patches, as 384 / 14 is none
+def test_video_of_several_frames_equals_transformers(tmp_path: Path, size: int) -> None:
+    model = tiny.tiny_llava_onevision(tmp_path / "src", seed=5, vision={"image_size": size})
     convert(tmp_path / "src", tmp_path / "model", weights="bf16", kv="kv32")
     engine = NativeEngine(tmp_path / "model", kv="kv32", chunk_rows=13)
-    pixels = video_pixels(7, 28, 1)
+    pixels = video_pixels(7, size, 1)
     rows = 7 * 4 + 1  # 4x4 patches pooled to 2x2, one closing newline
     before, after = [10, 11, 12], [13, 14, 15, 16]
     ours = engine.run(

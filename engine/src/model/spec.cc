@@ -145,9 +145,10 @@ VisionSpec read_vision(ObjectReader reader) {
   vision.attention = read_attention(reader.object("attention"));
   vision.mlp = read_mlp(reader.object("mlp"));
   reader.finish();
-  if (vision.image_size % vision.patch != 0) {
+  // Pixels beyond the last whole patch are left out, as a convolution without padding does.
+  if (vision.patch > vision.image_size) {
     reader.errors().add(reader.path_of("patch"), std::to_string(vision.patch) +
-                                                     " does not divide image_size, " +
+                                                     " is larger than image_size, " +
                                                      std::to_string(vision.image_size));
   }
   if (vision.mlp.kind != MlpKind::kPlain) {

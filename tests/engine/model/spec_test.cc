@@ -251,7 +251,7 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{"Activation", "/decoder/mlp/activation", "tanh", "decoder.mlp.activation"},
         Refusal{"NormEps", "/decoder/norm/eps", 0.0, "decoder.norm.eps"},
         Refusal{"NegativeScale", "/decoder/attention/scale", -1.0, "decoder.attention.scale"},
-        Refusal{"Patch", "/vision/patch", 5, "vision.patch: 5 does not divide image_size, 16"},
+        Refusal{"Patch", "/vision/patch", 17, "vision.patch: 17 is larger than image_size, 16"},
         Refusal{"GatedTower", "/vision/mlp/kind", "gated", "vision.mlp.kind"},
         Refusal{"ProjectorIn", "/projector/input", 33, "projector.input: expected 32, got 33"},
         Refusal{"ProjectorOut", "/projector/output", 63, "projector.output: expected 64, got 63"},
