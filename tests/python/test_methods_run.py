@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -354,3 +355,73 @@ def test_scored_rows_predict_the_tokens_after_them() -> None:
     assert (rows.tolist(), ids.tolist()) == ([0, 5, 6, 7], [8, 9, 10, 11])
     rows, ids = evaluation.scored_rows(Sample(sample.parts, scored=2), 9)
     assert (rows.tolist(), ids.tolist()) == ([6, 7], [10, 11])
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def command_line(*arguments: str) -> Any:
+    from typer.testing import CliRunner
+
+    from framequilt.cli.app import app
+
+    return CliRunner().invoke(app, ["calibrate", *arguments])
+
+
+def test_the_command_converts_measures_and_goes_on(llama: Path, tmp_path: Path) -> None:
+    text, held_out = tmp_path / "a.txt", tmp_path / "b.txt"
+    text.write_text("the cat and the dog in another rain. " * 60)
+    held_out.write_text("an inner tin theatre and a hat near then. " * 60)
+    options = ["--method", "gptq", "--weights", "w3g16", "--text", str(text)]
+    options += ["--held-out", str(held_out), "--samples", "4", "--length", "24"]
+    options += ["--held-out-samples", "3", "--held-out-length", "20", "--work", str(tmp_path / "w")]
+    done = command_line(str(llama), str(tmp_path / "m"), *options, "--json")
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    plain, ours = record["held_out"]
+    assert (plain["method"], ours["method"]) == ("rtn", "gptq")
+    assert ours["tokens"] == 3 * 19 and ours["kl"]["mean"] > 0
+    assert len(record["layers"]) == 3
+    assert ModelDirectory(tmp_path / "m").config["source"]["method"].startswith("gptq")
+    # The same job again, from finished layers, gives the same model; and prints tables.
+    again = command_line(str(llama), str(tmp_path / "n"), *options)
+    assert again.exit_code == 0, again.output
+    assert "held-out text: 57 tokens in 3 samples" in again.output
+    first, second = (tmp_path / name / "model-00001-of-00001.safetensors" for name in "mn")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_command_calibrates_the_tower_on_prompts(video: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), (200, 30, 90)).save(tmp_path / "red.png")
+    lines = [{"prompt": "what is it", "image": "red.png", "answer": "a hat"}, {"prompt": "and now"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = [str(video), str(tmp_path / "m"), "--method", "awq"]
+    arguments += ["--weights", VISUAL, "--prompts", str(tmp_path / "p.jsonl"), "--json"]
+    done = command_line(*arguments)
+    assert done.exit_code == 0, done.output
+    layers = [layer["layer"] for layer in json.loads(done.stdout)["layers"]]
+    assert "vision.layers.0" in layers and "decoder.layers.2" in layers
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ('{"prompt": 3}', "has to be a text"),
+        ('{"question": "x"}', "not an object with a prompt"),
+        ("{", "p.jsonl:2"),
+        ('{"prompt": "x", "image": "red.png"}', "sees no pictures"),
+    ],
+)
+def test_bad_prompts_are_named_by_their_line(
+    line: str, problem: str, llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "fine"}}\n{line}\n')
+    done = command_line(
+        str(llama), str(tmp_path / "m"), "--method", "awq", "--prompts", str(tmp_path / "p.jsonl")
+    )
+    assert done.exit_code != 0 and problem in done.output and "p.jsonl:2" in done.output
+    assert not (tmp_path / "m").exists()
+    nothing = command_line(str(llama), str(tmp_path / "m"), "--method", "awq")
+    assert nothing.exit_code != 0 and "nothing to calibrate on" in nothing.output

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from framequilt.cli import ask, chat, convert, doctor, inspect
+from framequilt.cli import ask, calibrate, chat, convert, doctor, inspect
 
 app = typer.Typer(
     name="framequilt",
@@ -35,6 +35,7 @@ def _options(
 
 
 app.command("convert")(convert.command)
+app.command("calibrate")(calibrate.command)
 app.command("ask")(ask.command)
 app.command("chat")(chat.command)
 app.command("inspect")(inspect.command)

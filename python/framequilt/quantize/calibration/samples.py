@@ -8,6 +8,7 @@ was. Any thread.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from framequilt.convert.tokens import Tokens
 from framequilt.errors import InvalidArgument, IoError
 from framequilt.quantize.calibration.checkpoint import Checkpoint
 
@@ -55,11 +57,12 @@ def digest(samples: Sequence[Sample]) -> str:
 class TextCodec:
     """Text to ids with a checkpoint's tokenizer."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """`folder` takes the tokenizer's file, which the tokenizer libraries read from a path."""
+    def __init__(self, checkpoint: Checkpoint, folder: Path, tokens: Tokens | None = None) -> None:
+        """`folder` takes the tokenizer's file, which the tokenizer libraries read from a path;
+        `tokens` is another tokenizer than the checkpoint's own."""
         from framequilt.tokenizer import Tokenizer
 
-        tokens = checkpoint.tokens()
+        tokens = tokens or checkpoint.tokens()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / tokens.file).write_bytes(tokens.content)
         self.tokenizer = Tokenizer.open(folder, {"kind": tokens.kind, "file": tokens.file})
@@ -77,11 +80,16 @@ class TextCodec:
         return np.array(self.tokenizer.encode(text, parse_special=False), np.int64)
 
     def prompt(
-        self, messages: Sequence[Mapping[str, Any]], videos: Sequence[Pixels], answer: str = ""
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        videos: Sequence[Pixels],
+        answer: str = "",
+        notes: Mapping[int, str] | None = None,
     ) -> Sample:
         """A conversation as the engine would encode it; frames of the media parts in order.
 
-        `answer` follows as plain text, and is then what is scored.
+        `answer` follows as plain text, and is then what is scored; `notes` are what
+        `ChatTemplate.encode` takes. Errors: InvalidArgument.
         """
         from framequilt.chat import MEDIA_TOKEN, ChatTemplate, parse_messages
 
@@ -90,7 +98,7 @@ class TextCodec:
             self.tokenizer, self._template, media=self._media, bos=tokens.bos,
             add_bos=tokens.add_bos, eos=tokens.eos,
         )  # fmt: skip
-        ids = template.encode(parse_messages(messages))
+        ids = template.encode(parse_messages(messages), notes=notes)
         parts: list[NDArray[Any]] = []
         run: list[int] = []
         left = list(videos)
@@ -139,3 +147,63 @@ def read_text(paths: Sequence[str | os.PathLike[str]]) -> str:
         except UnicodeDecodeError as error:
             raise InvalidArgument(f"{path} is no UTF-8 text") from error
     return "\n".join(texts)
+
+
+def prompt_samples(
+    path: str | os.PathLike[str], checkpoint: Checkpoint, codec: TextCodec, frames: int
+) -> list[Sample]:
+    """A model's own prompts, from a file with one JSON object per line.
+
+    Keys: `prompt`; and if wanted `video` or `image` (a path, beside the file if it is relative),
+    `answer`. At most `frames` frames of a video are taken; an image is a video of one frame.
+    Errors: InvalidArgument, which names the line; those of the files.
+    """
+    samples = []
+    for number, line in enumerate(read_text([path]).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            samples.append(_prompt_sample(json.loads(line), Path(path), checkpoint, codec, frames))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidArgument(f"{path}:{number}: {error}"[:300]) from error
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{path}:{number}: {error.message}", error.hint) from error
+    return samples
+
+
+def _prompt_sample(
+    record: Any, file: Path, checkpoint: Checkpoint, codec: TextCodec, frames: int
+) -> Sample:
+    known = {"prompt", "video", "image", "answer"}
+    if not isinstance(record, dict) or not set(record) <= known or "prompt" not in record:
+        raise InvalidArgument(
+            "not an object with a prompt", "known keys: " + ", ".join(sorted(known))
+        )
+    if any(not isinstance(value, str) for value in record.values()):
+        raise InvalidArgument("every value has to be a text")
+    text = {"type": "text", "text": record["prompt"]}
+    kind = next((kind for kind in ("video", "image") if kind in record), None)
+    answer = record.get("answer", "")
+    if kind is None:
+        return codec.prompt([{"role": "user", "content": [text]}], [], answer)
+    vision = checkpoint.model.vision
+    if vision is None:
+        raise InvalidArgument("the model sees no pictures")
+    from framequilt.chat import time_instruction
+    from framequilt.vision import Preprocessor
+
+    preprocessor = Preprocessor.from_record(checkpoint.description.preprocessor, vision.patch)
+    source = file.parent / record[kind]
+    notes = None
+    if kind == "video":
+        clip = preprocessor.video(source, frames=frames)
+        pixels = clip.images
+        if preprocessor.time_instruction:
+            notes = {0: time_instruction(clip.duration, clip.times)}
+    else:
+        from framequilt.vision.processors import load_image
+
+        pixels = preprocessor.frame(load_image(source))[None]
+    content = [{"type": kind, kind: str(source)}, text]
+    frames_array = np.ascontiguousarray(pixels, np.float32)
+    return codec.prompt([{"role": "user", "content": content}], [frames_array], answer, notes)

@@ -72,7 +72,9 @@ class Calibration:
                 "choose a weight format, such as w4g128",
             )
         checkpoint = Checkpoint(plan.source, plan.description, plan.wanted, plan.found)
-        samples = self._samples(checkpoint, TextCodec(checkpoint, self._work / "tokenizer"))
+        samples = self._samples(
+            checkpoint, TextCodec(checkpoint, self._work / "tokenizer", plan.tokens)
+        )
 
         def step(found: Step) -> None:
             check()
@@ -90,25 +92,20 @@ class Calibration:
         return result.tensors(plan.found)
 
 
-def error_ratios(result: MethodResult) -> list[float]:
-    """Squared output error over that of plain rounding, for every half or linear of every layer."""
+def error_ratios_of(figures: object) -> list[float]:
+    """Squared output error over that of plain rounding, wherever a report has both."""
     ratios: list[float] = []
-
-    def walk(figures: object) -> None:
-        if isinstance(figures, dict):
-            if figures.get("rtn_error"):
-                ratios.append(figures["error"] / figures["rtn_error"])
-            for value in figures.values():
-                walk(value)
-
-    for layer in result.reports():
-        walk(layer)
+    if isinstance(figures, dict):
+        if figures.get("rtn_error"):
+            ratios.append(figures["error"] / figures["rtn_error"])
+        for value in figures.values():
+            ratios += error_ratios_of(value)
     return ratios
 
 
 def summary(result: MethodResult, samples: int) -> str:
     """One line on what a method gained on its calibration samples."""
-    ratios = error_ratios(result)
+    ratios = [ratio for layer in result.reports() for ratio in error_ratios_of(layer)]
     if not ratios:
         return f"{result.method}: nothing was rounded"
     return (
