@@ -73,7 +73,7 @@ def test_codes_scales_and_zeros_equal_the_reference(bits: int, symmetric: bool, 
         assert (dequantize(made) == golden[f"{case}.dq"].reshape(x.shape)).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_activation_codes_equal_the_reference(bits: int) -> None:
     """Per token, asymmetric, min to max: what the paper calls its activation quantizer."""
     if not GOLDEN.is_dir():
@@ -421,7 +421,7 @@ def test_names_of_activations() -> None:
         if form is not None:
             assert form.name == name and ActivationFormat.from_json(form.to_json(), "x") == form
     with pytest.raises(InvalidArgument, match="a8-asym"):
-        parse_activations("a6")
-    for wrong in (None, {"bits": 8}, {"bits": 6, "symmetric": True}, {"bits": 8, "symmetric": 1}):
+        parse_activations("a5")
+    for wrong in (None, {"bits": 8}, {"bits": 5, "symmetric": True}, {"bits": 8, "symmetric": 1}):
         with pytest.raises(CorruptModel, match="here"):
             ActivationFormat.from_json(wrong, "here")

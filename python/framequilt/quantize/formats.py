@@ -6,8 +6,8 @@ A weight format is `f32`, `bf16`, or `w<bits><group>`: bits 2, 3, 4, 5, 6 or 8 a
 `-f32scale` (float32 instead of float16 scales and offsets). So `w4` = `w4g128`, and `w8row-sym` is
 the classic per-channel int8.
 
-An activation format is `a16` (float32 inputs, despite its name), `a8`, `a4` (symmetric per token),
-`a8-asym` or `a4-asym`.
+An activation format is `a16` (float32 inputs, despite its name), `a8`, `a6`, `a4` (symmetric per
+token), or one of these with `-asym`.
 
 Pure data: no memory, any thread.
 """
@@ -187,12 +187,12 @@ def parse_format(text: str) -> WeightFormat:
 class ActivationFormat:
     """How a linear's input rows are quantized before the product, each row on its own."""
 
-    bits: Literal[4, 8]
+    bits: Literal[4, 6, 8]
     symmetric: bool = True
 
     @property
     def name(self) -> str:
-        """`a8`, `a4`, `a8-asym` or `a4-asym`."""
+        """`a8`, `a6`, `a4`, `a8-asym`, `a6-asym` or `a4-asym`."""
         return f"a{self.bits}" + ("" if self.symmetric else "-asym")
 
     def to_json(self) -> dict[str, Any]:
@@ -214,8 +214,10 @@ class ActivationFormat:
 ACTIVATIONS: dict[str, ActivationFormat | None] = {
     "a16": None,
     "a8": ActivationFormat(8),
+    "a6": ActivationFormat(6),
     "a4": ActivationFormat(4),
     "a8-asym": ActivationFormat(8, symmetric=False),
+    "a6-asym": ActivationFormat(6, symmetric=False),
     "a4-asym": ActivationFormat(4, symmetric=False),
 }
 

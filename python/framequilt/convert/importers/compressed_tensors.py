@@ -239,7 +239,7 @@ def _activations(entry: Settings, where: str) -> ActivationFormat | None:
         return None
     inputs = Settings(entry.get("input_activations", dict), f"{where}.input_activations")
     inputs.choice("type", ("int",), "int", _ORIGINAL)
-    bits = inputs.choice("num_bits", (4, 8), 8)
+    bits = inputs.choice("num_bits", (4, 6, 8), 8)
     inputs.choice("strategy", ("tensor", "token"), "tensor", _ORIGINAL)
     return ActivationFormat(bits, inputs.get("symmetric", bool, True))
 
