@@ -180,6 +180,17 @@ def test_formats_and_activations_are_recorded_linear_by_linear(video: Path, tmp_
     assert "activations" not in config["linears"]["decoder.head"]
 
 
+def test_the_last_layer_may_be_named_from_the_end(video: Path, tmp_path: Path) -> None:
+    report = convert(video, tmp_path / "m", weights="w4,layers.-1.*=w8,vision.layers.-1.*=w2",
+                     activations="a8,layers.-1.*=a16", dry_run=True)  # fmt: skip
+    found = {entry.slot: (entry.format, entry.activations) for entry in report.linears}
+    assert found["decoder.layers.2.mlp.up"] == ("w8g128", "a16")
+    assert found["decoder.layers.1.mlp.up"] == ("w4g128", "a8")
+    assert found["vision.layers.2.mlp.up"] == ("w2g128", "a8")
+    assert found["vision.layers.1.mlp.up"] == ("w8g128", "a8")
+    assert report.weights == "w4g128,layers.-1.*=w8g128,vision.layers.-1.*=w2g128"
+
+
 def test_activations_asked_for_where_there_are_no_codes_are_refused(
     llama: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from framequilt.errors import InvalidArgument
 from framequilt.quantize import parse_activation_scheme, parse_scheme
-from framequilt.quantize.schemes import check_patterns, summary
+from framequilt.quantize.schemes import check_patterns, number_layers, summary
 
 SLOTS = [
     "vision.patch_embedding",
@@ -107,6 +107,16 @@ def test_a_pattern_without_a_slot_lists_the_slots() -> None:
     check_patterns(parse_scheme("w4,lm_head=w8").overrides, tied, tied=True)
     with pytest.raises(InvalidArgument, match="lm_head"):
         check_patterns(parse_scheme("w4,lm_head=w8").overrides, tied, tied=False)
+
+
+def test_layers_count_from_the_end_too() -> None:
+    scheme = parse_scheme("w4,layers.-1.*=w8,vision.layers.-3=w2,layers.-13.*=w2")
+    counted = number_layers(scheme.overrides, {"decoder": 12, "vision": 3})
+    assert [entry.pattern for entry in counted] == [
+        "decoder.layers.11.*", "vision.layers.0", "layers.-13.*",
+    ]  # fmt: skip
+    with pytest.raises(InvalidArgument, match=r"layers\.-13"):
+        check_patterns(counted, SLOTS)
 
 
 def test_slots_are_drawn_together_for_messages() -> None:

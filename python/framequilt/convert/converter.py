@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from framequilt.quantize import (
 )
 from framequilt.quantize.formats import ROW_PADDING, TILE_ROWS
 from framequilt.quantize.rtn import RANGES, Range
-from framequilt.quantize.schemes import DEFAULT_WEIGHTS, KEEP
+from framequilt.quantize.schemes import DEFAULT_WEIGHTS, KEEP, number_layers
 
 KV_FORMATS = ("kv32", "kv16", "kv8", "kv4")
 _PIECE_VALUES = 4 * 2**20  # weights per piece: 16 MiB in float32, a few times that with temporaries
@@ -178,13 +178,20 @@ def _plan(source: Source, wish: _Wish, tokenizer: Source | None) -> Plan:
     )
     coded = any(isinstance(found[target], CodedTensor) for target in found if wanted[target].linear)
     vocab = description.model.decoder.vocab
+    model = description.model
+    layers = {"decoder": model.decoder.layers, "vision": model.vision.layers if model.vision else 0}
+    weights = wish.coded if coded else wish.plain
+    weights = replace(weights, overrides=number_layers(weights.overrides, layers))
+    activations = wish.activations
+    if activations is not None:
+        activations = replace(activations, overrides=number_layers(activations.overrides, layers))
     plan = Plan(
         source,
         description,
         family.name,
         read_tokens(source, description.text_config, vocab, tokenizer),
-        wish.coded if coded else wish.plain,
-        wish.activations,
+        weights,
+        activations,
         wanted,
         found,
         left_out,

@@ -12,8 +12,8 @@ in every linear with codes but the head, as in "Evaluating Quantized Large Langu
 2402.18158); the head takes part where a pattern names it, the lookup of the embedding never.
 
 A pattern is a slot's name with `*` and `?`; a name without them also means all that lies below it.
-`lm_head` (or `head`), `embedding` and `layers.*` are short for the decoder's slots. The last
-pattern that matches wins.
+`lm_head` (or `head`), `embedding` and `layers.*` are short for the decoder's slots. Layers count
+from the end too: `layers.-1.*` is the last. The last pattern that matches wins.
 
 Pure data: no memory, any thread.
 """
@@ -84,6 +84,22 @@ def check_patterns(
             raise InvalidArgument(
                 f"no linear matches {entry.pattern!r}", f"there are: {', '.join(summary(names))}"
             )
+
+
+def number_layers(
+    overrides: Iterable[Override[F]], layers: Mapping[str, int]
+) -> tuple[Override[F], ...]:
+    """Patterns with layers counted from the start; `layers` says how many a part has."""
+    result = []
+    for entry in overrides:
+        match = re.fullmatch(r"(?:([a-z]+)\.)?layers\.-([0-9]+)(\..*)?", entry.pattern)
+        if match is not None:
+            part = match[1] or "decoder"
+            number = layers.get(part, 0) - int(match[2])
+            if 0 <= number < layers.get(part, 0):
+                entry = replace(entry, pattern=f"{part}.layers.{number}{match[3] or ''}")
+        result.append(entry)
+    return tuple(result)
 
 
 def summary(slots: Iterable[str]) -> list[str]:
