@@ -48,8 +48,8 @@ PRESETS: dict[str, Preset] = {
             "layers.-1.*=w4g64,embedding=w6g64,lm_head=w6g64",
             "a16",
             "k8v4",
-            "3 bits for the MLPs, 4 for attention and the outer layers, the least memory: for models "
-            "of many parameters, which lose little by it",
+            "3 bits for the MLPs, 4 for attention and the outer layers, the least memory: for "
+            "models of many parameters, which lose little by it",
         ),
         Preset(
             "exact",
