@@ -243,7 +243,7 @@ class Bench {
     Media media;
     media.kind = MediaKind::kEmbedding;
     media.rows = rows;
-    media.data = random_values(static_cast<size_t>(rows) * width, 0.02f, 3);
+    media.data = random_values(static_cast<size_t>(rows) * width, 1.0f, 3);
     std::mt19937 random(4);
     std::uniform_real_distribution<double> uniform(0, 1);
     for (int row = 0; row < rows; ++row) {
