@@ -89,18 +89,21 @@ def prefill(p: Programs, name: str, tokens: int) -> Bench:
             continue
         label = f"{weights} {activations}"
         options = {"prompt": tokens, "activations": activations, "kv": "kv16"}
+        options |= {"less": {"prompt": 32}, "work": tokens - 32}
         bench.add("ours", _engine(p, label, name, weights, "prefill", **options))
     for kind in FOUR_BITS[name]:
         bench.add(
             "peer",
             lambda kind=kind: p.llama_bench(f"llama.cpp {kind}", p.gguf(name, kind), p=tokens, n=0),
         )
-    bench.add(
-        "peer",
-        lambda: p.worker(
-            "CTranslate2 int8", "ct2", p.ct2(name), "int8_float32", "prefill", str(tokens)
-        ),
-    )
+
+    def ct2() -> Runner:
+        command = ["ct2", p.ct2(name), "int8_float32", "prefill"]
+        return p.worker(
+            "CTranslate2 int8", *command, str(tokens), less=[*command, "32"], work=tokens - 32
+        )
+
+    bench.add("peer", ct2)
     return bench
 
 
@@ -118,13 +121,20 @@ def decode(p: Programs, name: str, weights: str, tokens: int) -> Bench:
     )
     for activations in ("a8", "a16"):
         options = {"prompt": 128, "tokens": tokens, "activations": activations, "kv": "kv16"}
+        options |= {"less": {"tokens": tokens // 4}, "work": tokens - tokens // 4}
         label = f"{weights} {activations}"
         bench.add("ours", _engine(p, label, name, weights, "decode", **options))
     for kind in FOUR_BITS[name][:1] if bits == 4 else ("q8_0",):
         bench.add(
             "peer",
             lambda kind=kind: p.llama_bench(
-                f"llama.cpp {kind}", p.gguf(name, kind), p=0, n=tokens, d=128
+                f"llama.cpp {kind}",
+                p.gguf(name, kind),
+                {"n": tokens // 4},
+                tokens - tokens // 4,
+                p=0,
+                n=tokens,
+                d=128,
             ),
         )
     return bench
@@ -140,15 +150,15 @@ def batch(p: Programs, name: str, tokens: int, count: int = 8) -> Bench:
     )
     for activations in ("a8", "a16"):
         options = {"prompt": 128, "tokens": tokens, "batch": count, "kv": "kv16"}
-        options["activations"] = activations
+        options |= {"activations": activations, "less": {"tokens": tokens // 4}}
+        options["work"] = count * (tokens - tokens // 4)
         label = f"w4g128 {activations}"
         bench.add("ours", _engine(p, label, name, "w4g128", "decode", **options))
-    context = count * (128 + tokens)
     for kind in FOUR_BITS[name][:1]:
         bench.add(
             "peer",
             lambda kind=kind: p.llama_batch(
-                f"llama.cpp {kind}", p.gguf(name, kind), 128, tokens, count, context
+                f"llama.cpp {kind}", p.gguf(name, kind), 128, tokens, tokens // 4, count
             ),
         )
     return bench
@@ -172,12 +182,14 @@ def context(p: Programs, name: str, depth: int, tokens: int) -> Bench:
     for kv, peer in kv_types.items():
         for activations in ("a8", "a16"):
             options = {"prompt": depth, "tokens": tokens, "activations": activations, "kv": kv}
+            options |= {"less": {"tokens": tokens // 4}, "work": tokens - tokens // 4}
             label = f"{kv} {activations}"
             bench.add("ours", _engine(p, label, name, "w4g128", "decode", **options))
         bench.add(
             "peer",
             lambda peer=peer: p.llama_bench(
                 f"llama.cpp kv {peer}", p.gguf(name, "q4_0"),
+                {"n": tokens // 4}, tokens - tokens // 4,
                 p=0, n=tokens, d=depth, fa="on", ctk=peer, ctv=peer,
             ),
         )  # fmt: skip
@@ -201,12 +213,17 @@ def tower(p: Programs) -> Bench:
     for weights, activations in (("f32", "a16"), ("w8g128", "a8"), ("w4g128", "a8"),
                                  ("w4g128", "a16")):  # fmt: skip
         options = {"frames": 2, "prompt": 8, "tokens": 2, "activations": activations}
+        options |= {"less": {"frames": 1}, "work": 1, "rate": False}
         label = f"{weights} {activations}"
         bench.add("ours", _engine(p, label, "siglip", weights, "vision", **options))
-    bench.add("peer", lambda: p.worker("onnxruntime f32", "ort", p.onnx(False)))
-    bench.add("peer", lambda: p.worker("onnxruntime int8", "ort", p.onnx(True)))
-    bench.add("peer", lambda: p.worker("torch f32", "torch-tower", "float32"))
-    bench.add("peer", lambda: p.worker("torch bf16", "torch-tower", "bfloat16"))
+
+    def peer(label: str, *command: str | Path) -> Runner:
+        return p.worker(label, *command, "1", less=[*command, "0"], work=1, rate=False)
+
+    bench.add("peer", lambda: peer("onnxruntime f32", "ort", p.onnx(False)))
+    bench.add("peer", lambda: peer("onnxruntime int8", "ort", p.onnx(True)))
+    bench.add("peer", lambda: peer("torch f32", "torch-tower", "float32"))
+    bench.add("peer", lambda: peer("torch bf16", "torch-tower", "bfloat16"))
     return bench
 
 
@@ -225,6 +242,8 @@ def fusion(p: Programs, frames: int, activations: str) -> Bench:
     for cost in (0.3, 1.0):
         options = {"frames": frames, "prompt": 40, "tokens": 2, "cost": cost}
         options |= {"activations": activations, "kv": "kv8", "memory_mib": 4096}
+        # One frame more or less is nothing beside 64: the whole prompt is what is compared.
+        options |= {"less": {"frames": 2, "cost": 1.0}, "work": 1, "rate": False}
         label = f"cost {cost:g}"
         bench.add("ours", _engine(p, label, "qwen2-7b-4l", "w4g128", "rows", **options))
     return bench

@@ -37,14 +37,15 @@ struct Bench {
   const backend::Backend& backend;
   ThreadPool& pool;
 
-  void linear(const model::WeightFormat& format, int64_t rows) {
+  void linear(const model::WeightFormat& format, int64_t rows, int activation_bits = 16) {
+    const model::ActivationFormat activations{.bits = activation_bits};
     const int out = 256, in = 896;
     const auto weights = values(int64_t{out} * in);
     auto packed =
         quant::pack_linear(weights.data(), out, in, format, quant::AffineRange::kIncludeZero);
     const auto x = values(rows * in);
     std::vector<float> y(static_cast<size_t>(rows * out));
-    const backend::LinearFn kernel = *backend.linear(format);
+    const backend::LinearFn kernel = *backend.linear(format, activations);
     fq_counted_call([&] {
       kernel({.x = x.data(),
               .x_stride = in,
@@ -52,7 +53,8 @@ struct Bench {
               .w = &packed->view,
               .y = y.data(),
               .y_stride = out,
-              .accumulate = false},
+              .accumulate = false,
+              .activations = activations},
              pool);
     });
   }
@@ -156,6 +158,9 @@ std::vector<Case> cases() {
           {"linear w4g128 rows 64", [=](Bench& b) { b.linear(w4, 64); }},
           {"linear w8g128 rows 1", [=](Bench& b) { b.linear(w8, 1); }},
           {"linear w8g128 rows 64", [=](Bench& b) { b.linear(w8, 64); }},
+          {"linear w4g128 a8 rows 1", [=](Bench& b) { b.linear(w4, 1, 8); }},
+          {"linear w4g128 a8 rows 64", [=](Bench& b) { b.linear(w4, 64, 8); }},
+          {"linear w8g128 a8 rows 64", [=](Bench& b) { b.linear(w8, 64, 8); }},
           {"linear bf16 rows 1", [=](Bench& b) { b.linear(bf16, 1); }},
           {"attention kv16 rows 1 length 512", [](Bench& b) { b.attention(16, 1, 512, false); }},
           {"attention kv8 rows 1 length 512", [](Bench& b) { b.attention(8, 1, 512, false); }},

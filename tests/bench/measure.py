@@ -3,6 +3,10 @@
 A sample is one run of one program that prints a number. Samples of several programs alternate, so
 that a change of the machine meets all of them. A sample during which other processes used more than
 `QUIET` CPUs is kept, and marked as disturbed: a busy machine is said, not hidden.
+
+On a machine that is never quiet, `cpu` mode compares CPU time instead: a program runs a long and a
+short workload on one thread, and the difference of work is divided by that of the CPU seconds.
+Loading and warming up cancel; waiting for a core does not count.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 QUIET = 0.10  # CPUs that others may use in an undisturbed sample
+HOPELESS = 0.50  # CPUs of others from which on a wall time says nothing
 SKIPPED = 3  # exit status of a program that cannot do what was asked
 LIMIT_S = 900.0  # of one sample
 
@@ -31,6 +36,11 @@ class Runner:
     command: tuple[str, ...]
     read: Callable[[str], dict[str, Any]]
     environment: tuple[tuple[str, str], ...] = ()
+    # For `cpu` mode: the same with less work, and the difference of work in the unit's terms
+    # (tokens, frames). Empty: this program is not measured in that mode.
+    short: tuple[str, ...] = ()
+    work: float = 0.0
+    rate: bool = True  # work per second, not seconds per work
 
 
 @dataclass
@@ -53,6 +63,11 @@ class Series:
     def undisturbed(self) -> list[float]:
         """Samples during which the machine was quiet."""
         return [v for v, o in zip(self.values, self.others, strict=True) if o <= QUIET]
+
+    @property
+    def least_disturbance(self) -> float:
+        """CPUs that others used in the quietest sample."""
+        return min(self.others, default=0.0)
 
     def to_json(self) -> dict[str, Any]:
         """For the result file."""
@@ -97,38 +112,68 @@ def wait_for_quiet(most_s: float) -> bool:
     return False
 
 
-def sample(runner: Runner, series: Series) -> None:
-    """Runs once and adds the value, or the reason why there is none."""
-    environment = os.environ | dict(runner.environment)
+@dataclass(frozen=True)
+class _Done:
+    """One process that ran to its end."""
+
+    wall: float
+    cpu: float  # seconds of user and system time
+    others: float  # CPUs that other processes used meanwhile
+    printed: str
+    problem: str  # "" when it ended well
+
+
+def _execute(command: Sequence[str], environment: dict[str, str]) -> _Done:
     own = os.times()
     before, start = _busy_seconds(), time.monotonic()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
-            runner.command, stdout=out, stderr=err, env=environment, stdin=subprocess.DEVNULL
+            command, stdout=out, stderr=err, env=environment, stdin=subprocess.DEVNULL
         )
+        problem = ""
         try:
             process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            series.skipped = f"took more than {LIMIT_S:.0f} s"
-            return
+            problem = f"took more than {LIMIT_S:.0f} s"
         wall = time.monotonic() - start
         total = _busy_seconds() - before
         out.seek(0)
         err.seek(0)
         printed, complaint = out.read(), err.read().strip()
-    now = os.times()
-    ours = sum(now[:4]) - sum(own[:4])  # this process and its children
-    if process.returncode:
+    if process.returncode and not problem:
         reason = complaint.splitlines()[-1] if complaint else "no message"
-        series.skipped = (
-            reason if process.returncode == SKIPPED else f"exit {process.returncode}: {reason}"
-        )
+        skipped = process.returncode == SKIPPED
+        problem = reason if skipped else f"exit {process.returncode}: {reason}"
+    now = os.times()
+    others = max(total - (sum(now[:4]) - sum(own[:4])), 0.0) / wall
+    return _Done(wall, sum(now[2:4]) - sum(own[2:4]), others, printed, problem)
+
+
+def sample(runner: Runner, series: Series, cpu: bool) -> None:
+    """Runs once and adds the value, or the reason why there is none."""
+    environment = os.environ | dict(runner.environment)
+    if cpu and not runner.short:
+        series.skipped = "not measured by CPU time"
         return
-    detail = runner.read(printed)
-    series.values.append(float(detail["value"]))
-    series.others.append(max(total - ours, 0.0) / wall)
+    short = _execute(runner.short, environment) if cpu else None
+    done = _execute(runner.command, environment)
+    problem = done.problem or (short.problem if short else "")
+    if problem:
+        series.skipped = problem
+        return
+    detail = runner.read(done.printed)
+    value = float(detail["value"])
+    if short is not None:
+        seconds = done.cpu - short.cpu
+        if seconds <= 0:
+            series.skipped = "the work is too little for the clock"
+            return
+        value = runner.work / seconds if runner.rate else seconds / runner.work
+    series.values.append(value)
+    # Waiting is not in a CPU time: what others did does not disturb it.
+    series.others.append(0.0 if cpu else done.others)
     series.detail = detail
 
 
@@ -137,6 +182,7 @@ def alternate(
     samples: int,
     patience_s: float,
     step: Callable[[str], None] = lambda _: None,
+    cpu: bool = False,
 ) -> dict[str, Series]:
     """`samples` samples of each, taken in turn; `step` is told before each."""
     result = {r.name: Series(r.name, " ".join(r.command)) for r in runners}
@@ -145,8 +191,9 @@ def alternate(
             step(runner.name)
             series = result[runner.name]
             if not series.skipped:
-                wait_for_quiet(patience_s)
-                sample(runner, series)
+                if not cpu:
+                    wait_for_quiet(patience_s)
+                sample(runner, series, cpu)
     return result
 
 

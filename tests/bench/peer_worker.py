@@ -2,9 +2,9 @@
 
     peer_worker.py ct2 DIRECTORY COMPUTE_TYPE prefill TOKENS
     peer_worker.py ct2 DIRECTORY COMPUTE_TYPE decode PROMPT TOKENS BATCH
-    peer_worker.py ort MODEL.onnx
+    peer_worker.py ort MODEL.onnx FRAMES
     peer_worker.py ort-quantize MODEL.onnx MODEL.int8.onnx
-    peer_worker.py torch-tower float32|bfloat16
+    peer_worker.py torch-tower float32|bfloat16 FRAMES
 
 Runs in the peers' own environment: nothing of Framequilt is imported. A warm-up comes first. A
 decode rate is the tokens after the first one over the time they took: generation of all minus
@@ -64,16 +64,17 @@ def ctranslate2(directory: str, compute_type: str, mode: str, numbers: list[int]
         emit(batch * (count - 1) / (generate(prompts, count) - first), "tok/s")
 
 
-def timed(run: Any) -> None:
-    """Seconds of the second call."""
+def timed(run: Any, frames: int) -> None:
+    """Seconds of a call, of `frames` calls after the first."""
     run()
     start = time.perf_counter()
-    run()
-    emit(time.perf_counter() - start, "s/frame")
+    for _ in range(frames):
+        run()
+    emit((time.perf_counter() - start) / max(frames, 1), "s/frame")
 
 
-def onnxruntime(path: str) -> None:
-    """The tower in onnxruntime, one frame."""
+def onnxruntime(path: str, frames: int) -> None:
+    """The tower in onnxruntime, one frame a call."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -81,7 +82,7 @@ def onnxruntime(path: str) -> None:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     shape = session.get_inputs()[0].shape
     frame = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    timed(lambda: session.run(None, {"pixel_values": frame}))
+    timed(lambda: session.run(None, {"pixel_values": frame}), frames)
 
 
 def quantize(path: str, out: str) -> None:
@@ -94,7 +95,7 @@ def quantize(path: str, out: str) -> None:
     )  # fmt: skip
 
 
-def torch_tower(dtype: str) -> None:
+def torch_tower(dtype: str, frames: int) -> None:
     """The tower in transformers, random weights."""
     import torch
     from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -119,7 +120,7 @@ def torch_tower(dtype: str) -> None:
         with torch.inference_mode():
             model(frame)
 
-    timed(run)
+    timed(run, frames)
 
 
 def main(arguments: list[str]) -> None:
@@ -128,11 +129,11 @@ def main(arguments: list[str]) -> None:
     if kind == "ct2":
         ctranslate2(rest[0], rest[1], rest[2], [int(text) for text in rest[3:]])
     elif kind == "ort":
-        onnxruntime(rest[0])
+        onnxruntime(rest[0], int(rest[1]))
     elif kind == "ort-quantize":
         quantize(rest[0], rest[1])
     elif kind == "torch-tower":
-        torch_tower(rest[0])
+        torch_tower(rest[0], int(rest[1]))
     else:
         sys.exit(__doc__)
 

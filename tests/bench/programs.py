@@ -58,6 +58,7 @@ class Programs:
     peers: Path | None
     threads: int
     say: Callable[[str], None]
+    cpu: bool = False  # CPU times are compared, see measure.py
 
     # Models ---------------------------------------------------------------------------------------
 
@@ -165,35 +166,84 @@ class Programs:
             raise Missing(f"{path} is not there")
         return path
 
-    def engine(self, label: str, model: Path, mode: str, **options: Any) -> Runner:
-        """Ours: bench_engine."""
-        command = [str(self.build / "bench_engine"), str(model), mode]
-        for key, value in {"threads": self.threads, **options}.items():
-            command += [f"--{key.replace('_', '-')}", str(value)]
-        return Runner(label, tuple(command), last_json)
+    # `less` replaces options for the short workload of a comparison of CPU times; `work` is what
+    # the full one does more (see measure.Runner).
 
-    def llama_bench(self, label: str, model: Path, **options: Any) -> Runner:
+    def engine(
+        self,
+        label: str,
+        model: Path,
+        mode: str,
+        less: dict[str, Any] | None = None,
+        work: float = 0.0,
+        rate: bool = True,
+        **options: Any,
+    ) -> Runner:
+        """Ours: bench_engine."""
+
+        def command(options: dict[str, Any]) -> tuple[str, ...]:
+            result = [str(self.build / "bench_engine"), str(model), mode]
+            for key, value in {"threads": self.threads, **options}.items():
+                result += [f"--{key.replace('_', '-')}", str(value)]
+            return tuple(result)
+
+        short = command(options | less) if less else ()
+        return Runner(label, command(options), last_json, (), short, work, rate)
+
+    def llama_bench(
+        self,
+        label: str,
+        model: Path,
+        less: dict[str, Any] | None = None,
+        work: float = 0.0,
+        **options: Any,
+    ) -> Runner:
         """llama.cpp: prompt (p), generation (n), at a depth (d), with KV types (ctk, ctv)."""
-        command = [str(self._llama_program("llama-bench")), "-m", str(model), "-r", "1"]
-        command += ["-t", str(self.threads), "-o", "jsonl"]
-        for key, value in options.items():
-            command += [f"-{key}", str(value)]
-        return Runner(label, tuple(command), _llama)
+        program = str(self._llama_program("llama-bench"))
+
+        def command(options: dict[str, Any], *more: str) -> tuple[str, ...]:
+            result = [program, "-m", str(model), "-r", "1", "-t", str(self.threads)]
+            result += ["-o", "jsonl", *more]
+            for key, value in options.items():
+                result += [f"-{key}", str(value)]
+            return tuple(result)
+
+        # Its warm-up repeats the prompt, so that it would count twice in a CPU time.
+        more = ("--no-warmup",) if self.cpu else ()
+        short = command(options | less, *more) if less else ()
+        return Runner(label, command(options, *more), _llama, (), short, work)
 
     def llama_batch(
-        self, label: str, model: Path, prompt: int, tokens: int, batch: int, context: int
+        self, label: str, model: Path, prompt: int, tokens: int, less: int, batch: int
     ) -> Runner:
         """llama.cpp decoding `batch` sequences at once after prompts of `prompt` tokens."""
-        command = [str(self._llama_program("llama-batched-bench")), "-m", str(model)]
-        command += ["-t", str(self.threads), "-c", str(context), "-npp", str(prompt)]
-        command += ["-ntg", str(tokens), "-npl", str(batch), "--output-format", "jsonl"]
-        return Runner(label, tuple(command), _llama)
+        program = str(self._llama_program("llama-batched-bench"))
 
-    def worker(self, label: str, *arguments: str | Path, **environment: str) -> Runner:
+        def command(tokens: int) -> tuple[str, ...]:
+            result = [program, "-m", str(model), "-t", str(self.threads), "-npp", str(prompt)]
+            result += ["-c", str(batch * (prompt + tokens)), "-ntg", str(tokens)]
+            return (*result, "-npl", str(batch), "--output-format", "jsonl")
+
+        work = batch * (tokens - less)
+        return Runner(label, command(tokens), _llama, (), command(less), work)
+
+    def worker(
+        self,
+        label: str,
+        *arguments: str | Path,
+        less: Sequence[str | Path] = (),
+        work: float = 0.0,
+        rate: bool = True,
+    ) -> Runner:
         """A peer that is a Python package."""
-        command = (str(self._peer_python()), str(WORKER), *map(str, arguments))
-        variables = (("BENCH_THREADS", str(self.threads)), *environment.items())
-        return Runner(label, command, last_json, variables)
+        python = str(self._peer_python())
+
+        def command(arguments: Sequence[str | Path]) -> tuple[str, ...]:
+            return (python, str(WORKER), *map(str, arguments))
+
+        variables = (("BENCH_THREADS", str(self.threads)), ("OMP_NUM_THREADS", str(self.threads)))
+        short = command(less) if less else ()
+        return Runner(label, command(arguments), last_json, variables, short, work, rate)
 
 
 def versions(programs: Programs) -> dict[str, str]:

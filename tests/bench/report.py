@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benches import VIDEO_FRAMES, Bench, Target
-from measure import Series
+from measure import HOPELESS, Series
 from shapes import QWEN2_7B, QWEN2_7B_4L
 
 
@@ -31,7 +31,11 @@ def rows(bench: Bench, series: dict[str, Series], read: float | None) -> list[di
         row["notes"] = _notes(bench, series, target)
         if ours is not None:
             row["ours"] = ours.to_json()
-            _judge(bench, target, row, ours, _best(bench, series, target.peers), read)
+            peer = _best(bench, series, target.peers)
+            _judge(bench, target, row, ours, peer, read)
+            if any(s is not None and s.least_disturbance > HOPELESS for s in (ours, peer)):
+                row["reached"] = None
+                row["notes"].append("too disturbed to judge")
         result.append(row)
     return result
 
@@ -168,6 +172,8 @@ def markdown(document: dict[str, Any]) -> str:
         "samples, programs taken in turn.",
         "",
     ]
+    if document["clock"] == "CPU time":
+        lines += ["Seconds are CPU seconds of one thread (README.md, busy machines).", ""]
     if document["versions"]:
         listed = ", ".join(f"{name} {text}" for name, text in document["versions"].items())
         lines += [f"Peers: {listed}.", ""]

@@ -49,6 +49,7 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     add("--samples", type=int, help="of each program (3; quick: 1)")
     add("--threads", type=int, default=os.cpu_count() or 1)
     add("--activations", default="a8", help="of the long workloads (a8)")
+    add("--cpu", action="store_true", help="compare CPU times of one thread: for busy machines")
     add("--patience", type=float, default=5.0, help="seconds to wait for a quiet machine")
     add("--list", action="store_true", help="names of the benches")
     return parser.parse_args(arguments)
@@ -100,8 +101,9 @@ def main(arguments: list[str]) -> int:
     limits = build / "limits"
     peers = options.peers.resolve() if options.peers else None
     models = options.models or (peers / "models" if peers else Path(".cache/bench"))
+    threads = 1 if options.cpu else options.threads
     programs = Programs(
-        build, models.resolve(), peers, options.threads, lambda text: console.log(text)
+        build, models.resolve(), peers, threads, lambda text: console.log(text), options.cpu
     )
     samples = options.samples or (1 if options.quick or options.tiny else 3)
     found = (
@@ -118,12 +120,13 @@ def main(arguments: list[str]) -> int:
         sys.exit(f"no bench has {options.only} in its name; --list shows them")
 
     runs = 1 if options.tiny else 3
-    measured: list[dict[str, Any]] = [machine(limits, runs, options.threads)]
+    measured: list[dict[str, Any]] = [machine(limits, runs, threads)]
     results: dict[str, dict[str, Series]] = {}
     table: list[dict[str, Any]] = []
     document: dict[str, Any] = {
         "machine": _machine_name(),
-        "threads": options.threads,
+        "threads": threads,
+        "clock": "CPU time" if options.cpu else "wall",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "revision": _revision(),
         "samples": samples,
@@ -143,15 +146,18 @@ def main(arguments: list[str]) -> int:
             def step(name: str, bench: Bench = bench) -> None:
                 progress.update(task, description=f"{bench.name}: {name}", advance=1)
 
-            series = alternate([*bench.ours, *bench.peers], samples, options.patience, step)
+            everyone = [*bench.ours, *bench.peers]
+            series = alternate(everyone, samples, options.patience, step, options.cpu)
             results[bench.name] = series
-            measured.append(machine(limits, 1, options.threads))
-            table += rows(bench, series, _read_bandwidth(measured[-2:]))
+            measured.append(machine(limits, 1, threads))
+            # One thread of a busy machine says nothing about the bandwidth of all.
+            read = None if options.cpu else _read_bandwidth(measured[-2:])
+            table += rows(bench, series, read)
             document["series"][bench.name] = [s.to_json() for s in series.values()]
             # Written after every bench: what was measured survives an interruption.
-            document["budget"] = budget(results)
+            document["budget"] = [] if options.cpu else budget(results)
             write(document, options.out)
-    document["limits"]["after"] = machine(limits, runs, options.threads)
+    document["limits"]["after"] = machine(limits, runs, threads)
     write(document, options.out)
     console.print(Markdown(markdown(document)))
     print(f"{options.out}/results.json, table.md, ratios.png")

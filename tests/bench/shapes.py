@@ -121,8 +121,7 @@ class TowerShape:
         )
 
 
-# 378 of the 384 pixels: the 27 x 27 patches that fit into them.
-SIGLIP_SO400M = TowerShape(378, 14, 1152, 27, 16, 4304)
+SIGLIP_SO400M = TowerShape(384, 14, 1152, 27, 16, 4304)
 TINY_TOWER = TowerShape(56, 14, 64, 2, 2, 128)
 # A decoder that costs nothing: what is measured is the tower before it.
 NO_DECODER = DecoderShape(128, 1, 2, 1, 128, 256, True, 1e4, False, 65536)

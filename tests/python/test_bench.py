@@ -23,7 +23,7 @@ import instructions  # noqa: E402
 import models  # noqa: E402
 import report  # noqa: E402
 from benches import Bench, Target  # noqa: E402
-from measure import QUIET, Runner, Series, alternate, last_json  # noqa: E402
+from measure import HOPELESS, QUIET, Runner, Series, alternate, last_json  # noqa: E402
 
 sys.path.remove(str(BENCH))
 
@@ -163,6 +163,14 @@ def test_a_disturbed_sample_is_said_and_does_not_count() -> None:
     assert any("1 of 2 disturbed" in note for note in row["notes"])
 
 
+def test_a_row_whose_samples_were_all_disturbed_is_not_judged() -> None:
+    bench = Bench("b", "b", "tok/s", [Target("x", ("w4",), ("peer",), 2.0)])
+    row = _judged(bench, _series("w4", [9.0]), _series("peer", [1.0], others=2 * HOPELESS))
+    assert row["ratio"] == pytest.approx(9.0)
+    assert row["reached"] is None
+    assert "too disturbed to judge" in row["notes"]
+
+
 def test_a_missing_side_leaves_the_row_open() -> None:
     bench = Bench("b", "b", "tok/s", [Target("x", ("w4",), ("peer",), 2.0)])
     bench.missing.append("no folder of peers was given")
@@ -187,6 +195,25 @@ def test_samples_alternate_and_a_program_may_decline(tmp_path: Path) -> None:
     assert result["a"].values == [2.0, 2.0, 2.0]
     assert result["c"].skipped == "exit 1: broken"
     assert result["d"].skipped == "not here"
+
+
+def test_cpu_time_is_that_of_the_work_that_the_long_run_does_more() -> None:
+    """Both runs load for the same time; what is counted is the difference."""
+    text = """
+import json, time
+start = time.process_time()
+while time.process_time() - start < {seconds}: pass
+print(json.dumps({{"value": 1}}))
+"""
+    command = {s: (sys.executable, "-c", text.format(seconds=s)) for s in (0.3, 0.9)}
+    rate = Runner("rate", command[0.9], last_json, (), command[0.3], 60.0)
+    time_ = Runner("time", command[0.9], last_json, (), command[0.3], 2.0, rate=False)
+    without = Runner("without", command[0.3], last_json)
+    result = alternate([rate, time_, without], 1, 0.0, cpu=True)
+    # 0.6 CPU seconds by construction; starting Python varies by far less than half of that.
+    assert result["rate"].values[0] == pytest.approx(100, rel=0.5)
+    assert result["time"].values[0] == pytest.approx(0.3, rel=0.5)
+    assert result["without"].skipped
 
 
 def test_an_instruction_count_may_rise_by_the_tolerance_only() -> None:
