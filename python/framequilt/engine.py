@@ -308,7 +308,7 @@ class Engine:
         kv: format of the KV cache, "kv32", "kv16", "kv8" or "kv4"; None is the model's default.
         activations: how the inputs of linears are quantized: "a16" (not at all), "a8", "a6" or
             "a4", per token, "-asym" behind them for an asymmetric range; None is what the model
-            says. Weights in f32 and bf16, the embedding and the head keep the model's.
+            says. Holds for every linear with quantized weights, the head included.
         memory: bytes for KV pages and workspace, as 2**30, "1GiB" or "512MB". Weights are mapped
             and not counted.
         threads: compute threads; 0 is one per physical core.

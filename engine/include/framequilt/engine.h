@@ -17,7 +17,7 @@ namespace fq {
 struct EngineOptions {
   std::string kv = "";  // "kv32" | "kv16" | "kv8" | "kv4"; "": the model directory's default
   // How inputs of linears are quantized: "a16" (not at all), "a8", "a4", "a8-asym", ...; "": as the
-  // model says. Weights without groups (f32, bf16), the embedding and the head keep the model's.
+  // model says. Holds for every linear with affine weights, the head included.
   std::string activations = "";
   uint64_t memory_bytes = 1ull << 30;  // KV pages + workspace; weights are mapped and not counted
   int threads = 0;                     // 0: one per physical core available to the process

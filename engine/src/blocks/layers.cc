@@ -10,8 +10,7 @@ Result<Linear> Linear::bind(const Binder& binder, const std::string& slot, bool 
   FQ_ASSIGN_OR_RETURN(linear.weights_, quant::bind_linear(binder.directory, slot, bias));
   linear.activations_ = binder.directory.spec().linears.at(slot).activations;
   const bool affine = linear.weights_.format.kind == model::WeightFormat::Kind::kAffine;
-  const bool table = slot == "decoder.embedding" || slot == "decoder.head";
-  if (binder.activations && affine && !table) linear.activations_ = *binder.activations;
+  if (binder.activations && affine) linear.activations_ = *binder.activations;
   FQ_ASSIGN_OR_RETURN(linear.fn_,
                       binder.backend.linear(linear.weights_.format, linear.activations_));
   if (!linear.activations_.symmetric) FQ_RETURN_IF_ERROR(linear.bind_row_sums(binder));

@@ -19,7 +19,7 @@ struct Binder {
   const model::ModelDirectory& directory;
   const backend::Backend& backend;
   ThreadPool& pool;
-  // Instead of what the model says about the inputs of its linears; embedding and head keep it.
+  // Instead of what the model says about the inputs of its linears (affine ones, the head too).
   std::optional<model::ActivationFormat> activations;
 };
 

@@ -445,9 +445,7 @@ std::string Engine::Impl::describe_kernels() const {
   std::map<std::string, int> formats;
   for (const auto& [name, linear] : model_->directory().spec().linears) {
     const bool affine = linear.format.kind == model::WeightFormat::Kind::kAffine;
-    const bool table = name == "decoder.embedding" || name == "decoder.head";
-    const model::ActivationFormat inputs =
-        chosen && affine && !table ? *chosen : linear.activations;
+    const model::ActivationFormat inputs = chosen && affine ? *chosen : linear.activations;
     ++formats[linear.format.name() + (inputs.quantized()
                                           ? " " + inputs.name() + ", integer products"
                                           : ", float32 activations")];

@@ -64,6 +64,16 @@ HWY_INLINE VS PairProducts(VU codes, VU inputs) {
 #endif
 }
 
+// Keeps the compiler from regrouping a chain of sums: it would hold all products until the end, in
+// memory.
+HWY_INLINE void KeepInRegister(VS& v) {
+#if HWY_ARCH_X86
+  __asm__("" : "+v"(v.raw));
+#else
+  __asm__("" : "+w"(v.raw));
+#endif
+}
+
 // Lane i: sum + kFactor * (pairs of lanes 2i and 2i+1).
 template <int kFactor>
 HWY_INLINE VI AddPairs(VI sum, VS pairs) {

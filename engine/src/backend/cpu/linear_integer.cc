@@ -8,6 +8,7 @@
 #include <array>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "src/backend/cpu/disabled_targets.h"
 #include "src/backend/cpu/kernels.h"
@@ -205,6 +206,10 @@ HWY_NOINLINE void IntegerStreamUnits(const ops::LinearArgs& args, const Inputs& 
   const int64_t tile_stride = padded / 32 * SuperblockBytes(kBits);
   const auto* const data = static_cast<const std::byte*>(w.data);
   const auto unit_of = [&](int64_t u) FRAMEQUILT_INLINE { return unit + std::min(u, count - 1); };
+  // Tiles shorter than a few pages are over before a hardware prefetcher has understood them: ask
+  // for the same place of the next units. Long ones: a little further in the same tiles.
+  const int64_t ahead =
+      tile_stride <= 8192 ? kUnits * kLanes / kTileRows * tile_stride : int64_t{1024};
   const auto row_of = [&](int64_t r) FRAMEQUILT_INLINE { return row + std::min(r, rows - 1); };
   VF sums[kRows * kUnits];
   Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { sums[i] = hn::Zero(DF()); });
@@ -222,6 +227,11 @@ HWY_NOINLINE void IntegerStreamUnits(const ops::LinearArgs& args, const Inputs& 
         const std::byte* const superblock = data + i / 32 * SuperblockBytes(kBits);
         const int half = static_cast<int>(i / kHalfInputs % 2);
         Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+          const std::byte* const next = superblock + half * (SuperblockBytes(kBits) / 2) + ahead;
+          PrefetchWords(next, tile_stride, unit_of(u), 0);
+          if constexpr (SuperblockBytes(kBits) / 2 > 64) {
+            PrefetchWords(next, tile_stride, unit_of(u), 64);
+          }
           VU words[kHalfWords];
           LoadCodes<kBits>(superblock, half, tile_stride, unit_of(u), words);
           Unrolled<kHalfWords>([&](auto j) FRAMEQUILT_INLINE {
@@ -299,8 +309,8 @@ constexpr int64_t kIntegerSumStride = kIntegerGroupColumns + kLanes;
 constexpr int64_t kIntegerInputs = quant::kIntegerSpan;  // inputs of a panel: whole spans
 constexpr int64_t kIntegerSteps = kIntegerInputs / 4;
 constexpr int64_t kIntegerRowBlock = 192;  // rows of one item of work
-constexpr int kIntegerMicroRows = kManyRegisters ? 12 : 4;
-static_assert(kIntegerStreamRows + 1 >= kIntegerMicroRows / 2);
+// With 16 registers a fourth row would send a sum through memory in every step.
+constexpr int kIntegerMicroRows = kManyRegisters ? 12 : 3;
 
 struct IntegerScratch {
   AlignedBuffer<uint32_t> panel;  // [steps, planes, vectors, lanes]
@@ -329,38 +339,95 @@ struct IntegerBlock {
   bool first = false;     // start from 0 instead of from sums
 };
 
+// totals[row][vector] += products of `steps` words of a panel and of the inputs of some rows.
+#if HWY_TARGET == HWY_AVX3_DL
+template <int kPlanes, int kRows>
+HWY_INLINE void AddProducts(const uint32_t* HWY_RESTRICT panel, const int8_t* HWY_RESTRICT x,
+                            int64_t x_stride, int64_t steps, VI* totals) {
+  constexpr int kVectors = kIntegerVectors;
+  for (int64_t step = 0; step < steps; ++step, panel += kVectors * kLanes, x += 4) {
+    VU codes[kVectors];
+    Unrolled<kVectors>([&](auto v)
+                           FRAMEQUILT_INLINE { codes[v] = hn::Load(DU(), panel + v * kLanes); });
+    Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+      const VU inputs = FourInputs(x + r * x_stride);
+      Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+        VI& total = totals[r * kVectors + v];
+        total = DirectDot(total, codes[v], inputs);
+      });
+    });
+  }
+}
+#else
+// Pair sums stay in registers for kDotPeriod steps: all vectors at once, or, where codes have two
+// planes, one vector after the other.
+template <int kPlanes, int kRows, int kStepsAtOnce>
+HWY_INLINE void AddPairProducts(const uint32_t* HWY_RESTRICT panel, const int8_t* HWY_RESTRICT x,
+                                int64_t x_stride, int64_t steps, VI* totals) {
+  constexpr int kVectors = kIntegerVectors;
+  constexpr int kPasses = kPlanes == 2 ? kVectors : 1;
+  constexpr int kWide = kVectors / kPasses;
+  Unrolled<kPasses>([&](auto pass) FRAMEQUILT_INLINE {
+    VS part[kRows * kWide * kPlanes];
+    const auto step = [&](auto first, int64_t at) FRAMEQUILT_INLINE {
+      VU codes[kWide * kPlanes];
+      Unrolled<kWide * kPlanes>([&](auto i) FRAMEQUILT_INLINE {
+        const int64_t vector = pass + i / kPlanes;
+        codes[i] =
+            hn::Load(DU(), panel + ((at * kPlanes + i % kPlanes) * kVectors + vector) * kLanes);
+      });
+      Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+        const VU inputs = FourInputs(x + r * x_stride + 4 * at);
+        Unrolled<kWide * kPlanes>([&](auto i) FRAMEQUILT_INLINE {
+          const VS products = PairProducts(codes[i], inputs);
+          VS& sum = part[r * kWide * kPlanes + i];
+          sum = first ? products : hn::Add(sum, products);
+          KeepInRegister(sum);
+        });
+      });
+    };
+    step(std::true_type(), 0);
+    if constexpr (kStepsAtOnce > 0) {
+      Unrolled<kStepsAtOnce - 1>([&](auto i) FRAMEQUILT_INLINE { step(std::false_type(), i + 1); });
+    } else {
+      for (int64_t i = 1; i < steps; ++i) step(std::false_type(), i);
+    }
+    Unrolled<kRows * kWide * kPlanes>([&](auto i) FRAMEQUILT_INLINE {
+      constexpr int kPlane = i % kPlanes, kVector = pass + i / kPlanes % kWide;
+      VI& total = totals[i / (kWide * kPlanes) * kVectors + kVector];
+      total = AddPairs < kPlane == 0 ? 1 : 16 > (total, part[i]);
+    });
+  });
+}
+
+template <int kPlanes, int kRows>
+HWY_INLINE void AddProducts(const uint32_t* HWY_RESTRICT panel, const int8_t* HWY_RESTRICT x,
+                            int64_t x_stride, int64_t steps, VI* totals) {
+  constexpr int64_t kWords = int64_t{kPlanes} * kIntegerVectors * kLanes;
+  int64_t step = 0;
+  for (; step + kDotPeriod <= steps; step += kDotPeriod) {
+    AddPairProducts<kPlanes, kRows, kDotPeriod>(panel + step * kWords, x + 4 * step, x_stride, 0,
+                                                totals);
+  }
+  if (step < steps) {
+    AddPairProducts<kPlanes, kRows, 0>(panel + step * kWords, x + 4 * step, x_stride, steps - step,
+                                       totals);
+  }
+}
+#endif
+
 template <int kPlanes, int kRows>
 HWY_NOINLINE void IntegerMicro(const IntegerBlock& b) {
   constexpr int kVectors = kIntegerVectors;
-  // Without a dot product instruction sums are widened every kDotPeriod steps.
-  constexpr int64_t kPeriod = kDirectDot ? int64_t{1} << 30 : kDotPeriod;
   const DF df;
-  const uint32_t* HWY_RESTRICT panel = b.panel;
   const float* HWY_RESTRICT numbers = b.numbers;
-  const int8_t* HWY_RESTRICT x = b.x;
-  const int64_t x_stride = b.x_stride;
   int64_t span = 0;
   for (int64_t begin = 0; begin < b.steps; begin += b.span_steps, ++span) {
     const int64_t end = std::min(begin + b.span_steps, b.steps);
-    DotSum<kPlanes> dots[kRows * kVectors];
-    Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE { dots[i].Start(); });
-    for (int64_t step = begin; step < end;) {
-      const int64_t flush = std::min(end, step + kPeriod);
-      for (; step < flush; ++step, panel += kPlanes * kVectors * kLanes, x += 4) {
-        VU codes[kVectors][kPlanes];
-        Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
-          Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE {
-            codes[v][p] = hn::Load(DU(), panel + (p * kVectors + v) * kLanes);
-          });
-        });
-        Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-          const VU inputs = FourInputs(x + r * x_stride);
-          Unrolled<kVectors>(
-              [&](auto v) FRAMEQUILT_INLINE { dots[r * kVectors + v].Add(codes[v], inputs); });
-        });
-      }
-      Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE { dots[i].Flush(); });
-    }
+    VI totals[kRows * kVectors];
+    Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE { totals[i] = hn::Zero(DI()); });
+    AddProducts<kPlanes, kRows>(b.panel + begin * kPlanes * kVectors * kLanes, b.x + 4 * begin,
+                                b.x_stride, end - begin, totals);
     SpanNumbers n[kVectors];
     Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
       n[v].scale = hn::Load(df, numbers + v * kLanes);
@@ -373,7 +440,7 @@ HWY_NOINLINE void IntegerMicro(const IntegerBlock& b) {
       const float inputs = b.input_sums[r * b.input_spans + span];
       Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
         const VF old = fresh ? hn::Zero(df) : hn::Load(df, sums + v * kLanes);
-        hn::Store(AddSpan(old, dots[r * kVectors + v].total, n[v], inputs), df, sums + v * kLanes);
+        hn::Store(AddSpan(old, totals[r * kVectors + v], n[v], inputs), df, sums + v * kLanes);
       });
     });
   }
@@ -381,7 +448,7 @@ HWY_NOINLINE void IntegerMicro(const IntegerBlock& b) {
 
 using IntegerMicroFn = void (*)(const IntegerBlock&);
 // Kernels for kLeast.. rows: even cuts of more rows than are streamed are never smaller.
-constexpr int kIntegerLeastRows = kIntegerMicroRows == 12 ? 6 : 3;
+constexpr int kIntegerLeastRows = kManyRegisters ? 6 : 2;
 template <int kPlanes, int... kI>
 constexpr std::array<IntegerMicroFn, sizeof...(kI)> MakeIntegerMicros(
     std::integer_sequence<int, kI...>) {
