@@ -241,6 +241,14 @@ def damaged(path: Path, name: str, change: Callable[[dict[str, Any]], object]) -
 
 
 Q = "model.layers.0.self_attn.q_proj"
+
+
+def narrowed(tensors: dict[str, Any], out: int) -> None:
+    """The linear Q with fewer outputs, in itself consistent."""
+    for part, columns in (("qweight", out // 8), ("qzeros", out // 8), ("scales", out)):
+        tensors[f"{Q}.{part}"] = tensors[f"{Q}.{part}"][:, :columns].contiguous()
+
+
 DAMAGED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "awq without zeros": ("awq", lambda t: t.pop(f"{Q}.qzeros"), "qzeros is missing"),
     "awq without scales": ("awq", lambda t: t.pop(f"{Q}.scales"), "scales is missing"),
@@ -250,10 +258,7 @@ DAMAGED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
         "awq", lambda t: t.update({f"{Q}.qweight": t[f"{Q}.qweight"].float()}), "F32, not I32"),
     "awq with flat codes": (
         "awq", lambda t: t.update({f"{Q}.qweight": t[f"{Q}.qweight"].reshape(-1)}), "dimensions"),
-    "awq of another width": (
-        "awq",
-        lambda t: t.update({f"{Q}.{p}": t[f"{Q}.{p}"][:, :4].contiguous() for p in ("qweight", "qzeros")}
-                           | {f"{Q}.scales": t[f"{Q}.scales"][:, :32].contiguous()}), "needs"),
+    "awq of another width": ("awq", lambda t: narrowed(t, 32), "needs"),
     "gptq without zeros": ("gptq-4", lambda t: t.pop(f"{Q}.qzeros"), "qzeros is missing"),
     "gptq with a group too many": (
         "gptq-4", lambda t: t[f"{Q}.g_idx"].fill_(2), "not in 0..1"),
@@ -338,3 +343,67 @@ def test_settings_that_are_not_understood_are_refused(tmp_path: Path, name: str)
         convert(tmp_path / "src", tmp_path / "out" / "model")
     assert caught.value.hint or error is CorruptModel
     assert not (tmp_path / "out").exists()
+
+
+JUNK: list[Any] = [None, -1, 0, 3, 7, 10**12, 0.5, "x", "", True, [], {}, [1], {"a": 1}]
+
+
+def shuffled(settings: dict[str, Any], random: Any) -> None:
+    """Replaces or removes one value anywhere in the settings."""
+    at = settings
+    while True:
+        key = random.choice(list(at))
+        if isinstance(at[key], dict) and at[key] and random.random() < 0.7:
+            at = at[key]
+            continue
+        if random.random() < 0.2:
+            del at[key]
+        else:
+            at[key] = random.choice(JUNK)
+        return
+
+
+def broken(tensors: dict[str, Any], random: Any) -> None:
+    """Damages one of the tensors of a quantized linear."""
+    name = random.choice([name for name in tensors if "_proj." in name])
+    tensor = tensors[name]
+    kind = random.randrange(5)
+    if kind == 0:
+        del tensors[name]
+    elif kind == 1:
+        tensors[name] = tensor[: random.randrange(len(tensor))].contiguous()
+    elif kind == 2:
+        tensors[name] = tensor.reshape(-1)
+    elif kind == 3:
+        tensors[name] = tensor.to(random.choice([torch.int64, torch.float16, torch.int8]))
+    else:
+        value = random.choice([-(2**31), -1, 2**31 - 1, 0, 100])
+        tensors[name] = torch.full_like(tensor, min(value, 127) if tensor.itemsize < 4 else value)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq-3", "packed-4-asym", "int-8-asym"])
+def test_random_damage_gives_our_errors_or_a_model(tmp_path: Path, name: str) -> None:
+    import random as randomness
+    import shutil
+
+    random = randomness.Random(name)
+    make(tmp_path / "src", name)
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    tensors = load_file(tmp_path / "src" / "model.safetensors")
+    refused = 0
+    for _ in range(60):
+        settings = json.loads(json.dumps(config))
+        changed = dict(tensors)
+        if random.random() < 0.5:
+            shuffled(settings["quantization_config"], random)
+        else:
+            broken(changed, random)
+        (tmp_path / "src" / "config.json").write_text(json.dumps(settings))
+        save_file(changed, tmp_path / "src" / "model.safetensors")
+        try:
+            convert(tmp_path / "src", tmp_path / "out" / "model")
+            shutil.rmtree(tmp_path / "out" / "model")
+        except FramequiltError:
+            refused += 1
+            assert not list((tmp_path / "out").glob("*"))
+    assert 20 < refused < 60
