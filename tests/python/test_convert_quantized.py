@@ -378,7 +378,8 @@ def broken(tensors: dict[str, Any], random: Any) -> None:
         tensors[name] = tensor.to(random.choice([torch.int64, torch.float16, torch.int8]))
     else:
         value = random.choice([-(2**31), -1, 2**31 - 1, 0, 100])
-        tensors[name] = torch.full_like(tensor, min(value, 127) if tensor.itemsize < 4 else value)
+        small = max(-128, min(value, 127))
+        tensors[name] = torch.full_like(tensor, small if tensor.itemsize < 4 else value)
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq-3", "packed-4-asym", "int-8-asym"])
