@@ -69,6 +69,23 @@ TEST(MappedFile, WhatIsNotThereIsNotFound) {
   }
 }
 
+// Files of more than a huge page are placed by hand: all bytes must be there, and nothing else
+// mapped.
+TEST(MappedFile, MapsLargeFilesWhole) {
+  const testing::TempDir directory;
+  for (const size_t size : {size_t{2} << 20, (size_t{5} << 20) + 123}) {
+    std::string content(size, 0);
+    for (size_t i = 0; i < size; ++i) content[i] = static_cast<char>(i * 2654435761u >> 13);
+    testing::write_file(directory / "large", content);
+    auto file = MappedFile::open(directory / "large");
+    ASSERT_TRUE(file) << file.error().to_string();
+    ASSERT_EQ(file->bytes().size(), size);
+    EXPECT_EQ(std::memcmp(file->bytes().data(), content.data(), size), 0);
+    const MappedFile moved = std::move(*file);
+    EXPECT_EQ(moved.bytes().back(), static_cast<std::byte>(content.back()));
+  }
+}
+
 // Opening a FIFO without a writer would block for ever if the open were a blocking one.
 TEST(MappedFile, RefusesDirectoriesAndPipes) {
   const testing::TempDir directory;

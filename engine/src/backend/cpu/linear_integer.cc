@@ -308,7 +308,7 @@ constexpr int64_t kIntegerGroupColumns = 64;  // columns of one item of work
 constexpr int64_t kIntegerSumStride = kIntegerGroupColumns + kLanes;
 constexpr int64_t kIntegerInputs = quant::kIntegerSpan;  // inputs of a panel: whole spans
 constexpr int64_t kIntegerSteps = kIntegerInputs / 4;
-constexpr int64_t kIntegerRowBlock = 192;  // rows of one item of work
+constexpr int64_t kIntegerRowBlock = kManyRegisters ? 512 : 256;  // rows of one item of work
 // With 16 registers a fourth row would send a sum through memory in every step.
 constexpr int kIntegerMicroRows = kManyRegisters ? 12 : 3;
 
