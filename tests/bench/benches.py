@@ -94,7 +94,9 @@ def prefill(p: Programs, name: str, tokens: int) -> Bench:
     for kind in FOUR_BITS[name]:
         bench.add(
             "peer",
-            lambda kind=kind: p.llama_bench(f"llama.cpp {kind}", p.gguf(name, kind), p=tokens, n=0),
+            lambda kind=kind: p.llama_bench(
+                f"llama.cpp {kind}", p.gguf(name, kind), {"p": 32}, tokens - 32, p=tokens, n=0
+            ),
         )
 
     def ct2() -> Runner:
