@@ -136,16 +136,19 @@ def test_ask_streams_the_answer_and_shows_the_cost_beside_it(fake):
 
 def test_ask_passes_every_option_on(fake):
     done = run(
-        "ask", "dir", "-", "--image", "a.png", "--image", "b.png", "--kv", "kv4", "--memory",
-        "2GiB", "--threads", 2, "--max-tokens", 5, "--temperature", 0.5, "--top-p", 0.9, "--top-k",
-        4, "--seed", 3, "--stop", "END", "--system", "S", "--raw", "--quiet",
+        "ask", "dir", "-", "--image", "a.png", "--image", "b.png", "--kv", "kv4", "--activations",
+        "a8", "--memory", "2GiB", "--threads", 2, "--max-tokens", 5, "--temperature", 0.5,
+        "--top-p", 0.9, "--top-k", 4, "--seed", 3, "--stop", "END", "--system", "S", "--raw",
+        "--quiet",
         input="from stdin",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert done.stderr == ""
     (engine,) = fake.made
     (request,) = engine.requests
-    assert engine.options == {"kv": "kv4", "memory": "2GiB", "threads": 2}
+    assert engine.options == {
+        "kv": "kv4", "activations": "a8", "memory": "2GiB", "threads": 2
+    }  # fmt: skip
     assert request.prompt == "from stdin" and request.images == ["a.png", "b.png"]
     assert request.system == "S" and request.raw and request.reduction is None
     sampling = dataclasses.asdict(request.sampling)
