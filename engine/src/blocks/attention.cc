@@ -1,5 +1,7 @@
 #include "src/blocks/attention.h"
 
+#include "src/ops/rotate.h"
+
 namespace fq::blocks {
 
 Result<DecoderAttention> DecoderAttention::bind(const Binder& binder, const std::string& layer,
@@ -63,6 +65,12 @@ void DecoderAttention::forward(float* x, int64_t rows, const int32_t* positions,
          .positions = positions,
          .table = rope_table_},
         pool);
+  const bool rotate = layout_->format.rotate;
+  if (rotate) {
+    ops::rotate_heads(q, q_width, rows, spec_.heads, spec_.head_dim, pool);
+    ops::rotate_heads(k, kv_width, rows, spec_.kv_heads, spec_.head_dim, pool);
+    ops::rotate_heads(v, kv_width, rows, spec_.kv_heads, spec_.head_dim, pool);
+  }
 
   items->clear();
   for (const KvSegment& s : segments) {
@@ -86,6 +94,7 @@ void DecoderAttention::forward(float* x, int64_t rows, const int32_t* positions,
                       .kv = view});
   }
   attention_(*items, pool);
+  if (rotate) ops::rotate_heads(out, q_width, rows, spec_.heads, spec_.head_dim, pool);
   o_->run(out, q_width, rows, x, hidden_, true, pool);
 }
 
@@ -102,6 +111,8 @@ void DecoderAttention::queries(const float* x, int64_t rows, const int32_t* posi
          .positions = positions,
          .table = rope_table_},
         pool);
+  if (layout_->format.rotate)
+    ops::rotate_heads(q, q_width, rows, spec_.heads, spec_.head_dim, pool);
 }
 
 void DecoderAttention::importance(const float* q, int count, std::byte* const* pages,

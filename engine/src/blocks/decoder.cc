@@ -37,8 +37,13 @@ Result<std::unique_ptr<const Decoder>> Decoder::bind(const Binder& binder, quant
   auto decoder = std::unique_ptr<Decoder>(new Decoder());
   decoder->spec_ = binder.directory.spec().decoder;
   const model::DecoderSpec& spec = decoder->spec_;
-  FQ_ASSIGN_OR_RETURN(decoder->layout_, quant::KvPageLayout::make(kv, spec.attention.kv_heads,
-                                                                  spec.attention.head_dim));
+  decoder->kv_format_ = kv;
+  for (int i = 0; i < spec.layers; ++i) {
+    FQ_ASSIGN_OR_RETURN(
+        auto layout, quant::KvPageLayout::make(kv.of_layer(i, spec.layers), spec.attention.kv_heads,
+                                               spec.attention.head_dim));
+    decoder->layouts_.push_back(layout);
+  }
   decoder->inv_freq_ = rope_inv_freq(spec.rope);
   FQ_ASSIGN_OR_RETURN(decoder->embedding_, Linear::bind(binder, "decoder.embedding", false));
   if (!spec.tied_embedding) {
@@ -49,9 +54,9 @@ Result<std::unique_ptr<const Decoder>> Decoder::bind(const Binder& binder, quant
   decoder->layers_.reserve(static_cast<size_t>(spec.layers));
   for (int i = 0; i < spec.layers; ++i) {
     const std::string prefix = "decoder.layers." + std::to_string(i);
-    FQ_ASSIGN_OR_RETURN(
-        auto attention,
-        DecoderAttention::bind(binder, prefix, spec, decoder->layout_, decoder->inv_freq_.data()));
+    FQ_ASSIGN_OR_RETURN(auto attention,
+                        DecoderAttention::bind(binder, prefix, spec, decoder->kv_layout(i),
+                                               decoder->inv_freq_.data()));
     FQ_ASSIGN_OR_RETURN(auto mlp, Mlp::bind(binder, prefix, spec.mlp, spec.norm, spec.hidden));
     decoder->layers_.push_back({std::move(attention), std::move(mlp)});
   }

@@ -20,7 +20,10 @@ class Decoder {
   static Result<std::unique_ptr<const Decoder>> bind(const Binder& binder, quant::KvFormat kv);
 
   const model::DecoderSpec& spec() const { return spec_; }
-  const quant::KvPageLayout& kv_layout() const { return layout_; }
+  const quant::KvFormat& kv_format() const { return kv_format_; }
+  const quant::KvPageLayout& kv_layout(int layer) const {
+    return layouts_[static_cast<size_t>(layer)];
+  }
   const std::vector<DecoderLayer>& layers() const { return layers_; }
   // Most floats any block needs for `rows` rows.
   int64_t scratch_floats(int64_t rows) const;
@@ -33,7 +36,8 @@ class Decoder {
  private:
   Decoder() = default;
   model::DecoderSpec spec_;
-  quant::KvPageLayout layout_;
+  quant::KvFormat kv_format_;
+  std::vector<quant::KvPageLayout> layouts_;  // per layer
   std::vector<float> inv_freq_;
   std::optional<Linear> embedding_, head_;
   std::optional<Norm> final_norm_;

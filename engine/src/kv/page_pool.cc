@@ -214,6 +214,11 @@ bool PageTable::last_page_is_shared() const {
   return length_ % page_tokens_ != 0 && pool_->ref_count(ids_.back()) > 1;
 }
 
+void PageTable::reserve(int64_t pages) {
+  ids_.reserve(static_cast<size_t>(pages));
+  data_.reserve(static_cast<size_t>(pages));
+}
+
 int64_t PageTable::append(int64_t tokens) {
   assert(tokens >= 0);
   const int64_t needed = pages_to_append(tokens);

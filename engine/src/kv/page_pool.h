@@ -63,6 +63,8 @@ class PageTable {
   PageTable& operator=(PageTable&& other) noexcept;
 
   int64_t length() const { return length_; }
+  // Room for the ids of `pages` pages, so that append() allocates nothing up to there.
+  void reserve(int64_t pages);
   // Makes room for `tokens` more (takes promised pages; copies a shared last page first) and
   // advances the length. Returns the pages taken, or -1 with nothing changed when the pool holds
   // fewer promises than that.

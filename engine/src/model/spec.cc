@@ -12,6 +12,7 @@
 #include "src/model/directory.h"
 #include "src/model/json_reader.h"
 #include "src/model/slots.h"
+#include "src/quant/kv_format.h"
 
 namespace fq::model {
 namespace {
@@ -215,8 +216,9 @@ TokenSpec read_tokens(ObjectReader reader, int vocab) {
 
 DefaultsSpec read_defaults(ObjectReader reader) {
   DefaultsSpec defaults;
-  defaults.kv = reader.choice<std::string>(
-      "kv", {{"kv32", "kv32"}, {"kv16", "kv16"}, {"kv8", "kv8"}, {"kv4", "kv4"}});
+  defaults.kv = reader.text("kv", kMaxText);
+  if (const auto kv = quant::parse_kv_format(defaults.kv); !kv)
+    reader.errors().add(reader.path_of("kv"), kv.error().message + "; " + kv.error().hint);
   if (!reader.null("similarity_lower_bound")) {
     defaults.similarity_lower_bound = reader.number("similarity_lower_bound", -1.0, 1.0);
   }

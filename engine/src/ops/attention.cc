@@ -1,16 +1,21 @@
-// Scalar references of the attention ops. The order of operations of one (row, head), which every
-// kernel keeps:
+// Scalar references of the attention ops. A token's K and V come as factors (quant/kv_format.h):
+// x_k, x_v, exact code minus zero, and the scales of their groups; float formats have one group of
+// scale 1. The order of operations of one (row, head), which every kernel keeps:
 //
-//   for each block of 64 tokens (a page), ascending, with n visible tokens in it:
-//     s[t]   = scale * sum over dims ascending of fma(q, k, sum)                   for t in [0, n)
-//     m'     = max(m, s[0..n)),  c = exp(m - m')                                     (m starts at
-//     -infinity) l[i]   = l[i] * c for the 16 partial sums,  out[d] = out[d] * c p[t]   = exp(s[t]
-//     - m'),  l[t % 16] += p[t] in token order out[d] = fma(p[t], v[t][d], out[d]) in token order
-//   out[d] = out[d] * (1 / sum of l) + 0      (+ 0 turns -0 into +0, so that skipped and zero terms
-//   are the same)
+//   for each chunk of 512 tokens, ascending, from m = -infinity, l = 0, o = 0:
+//     for each block of 64 tokens (a page), ascending, with n visible tokens in it:
+//       dot[g] = sum over dims of the group ascending of fma(q, x_k, sum)             for t in [0,
+//       n) s[t]   = scale * (dot[0] * k_scale[0], then fma(dot[g], k_scale[g], sum)) m'     =
+//       max(m, s[0..n)),  c = exp(m - m') l[i]   = l[i] * c for the 16 partial sums,  o[d] = o[d] *
+//       c p[t]   = exp(s[t] - m'),  l[t % 16] += p[t] in token order o[d]   = fma(p[t] *
+//       v_scale[group of d], x_v[t][d], o[d]) in token order
+//     merged into M, L, O, which start likewise:  M' = max(M, m), a = exp(M - M'), b = exp(m - M'),
+//       L[i] = fma(l[i], b, L[i] * a),  O[d] = fma(o[d], b, O[d] * a)
+//   out[d] = O[d] * (1 / sum of L) + 0   (+ 0 turns -0 into +0, so that skipped and zero terms are
+//                                         the same)
 //
-// So a row's result depends on its own visible tokens only, however rows are tiled. Owns nothing;
-// any thread.
+// So a row's result depends on its own visible tokens only, however rows are tiled, and chunks may
+// be computed on different threads. Owns nothing; any thread.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -23,6 +28,34 @@ namespace fq::ops {
 namespace {
 
 constexpr int kBlock = quant::kPageTokens;
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+// K or V of a block of tokens: factors [kBlock, dims] and scales [kBlock, groups].
+struct BlockPart {
+  int dims, group, groups;
+  std::vector<float> x, scales;
+
+  BlockPart(int dim_count, int group_dims)
+      : dims(dim_count),
+        group(group_dims),
+        groups(dim_count / group_dims),
+        x(static_cast<size_t>(kBlock) * dim_count),
+        scales(static_cast<size_t>(kBlock) * groups, 1.0f) {}
+  float* row(int t) { return x.data() + static_cast<size_t>(t) * dims; }
+  float* scale(int t) { return scales.data() + static_cast<size_t>(t) * groups; }
+  const float* row(int t) const { return x.data() + static_cast<size_t>(t) * dims; }
+  const float* scale(int t) const { return scales.data() + static_cast<size_t>(t) * groups; }
+};
+
+float score(const float* q, const BlockPart& k, int t, float scale) {
+  float sum = 0.0f;
+  for (int g = 0; g < k.groups; ++g) {
+    float dot = 0.0f;
+    for (int d = g * k.group; d < (g + 1) * k.group; ++d) dot = std::fma(q[d], k.row(t)[d], dot);
+    sum = g == 0 ? dot * k.scale(t)[0] : std::fma(dot, k.scale(t)[g], sum);
+  }
+  return sum * scale;
+}
 
 // Running softmax of one (row, head).
 class OnlineSoftmax {
@@ -30,15 +63,12 @@ class OnlineSoftmax {
   OnlineSoftmax(const float* q, int head_dim, float scale)
       : q_(q), scale_(scale), out_(static_cast<size_t>(head_dim)) {}
 
-  // n tokens of k and v [n, head_dim].
-  void add_block(const float* k, const float* v, int n) {
-    const size_t dims = out_.size();
+  // The first n tokens of a block.
+  void add_block(const BlockPart& k, const BlockPart& v, int n) {
     float scores[kBlock];
     float most = max_;
     for (int t = 0; t < n; ++t) {
-      float sum = 0.0f;
-      for (size_t d = 0; d < dims; ++d) sum = std::fma(q_[d], k[t * dims + d], sum);
-      scores[t] = sum * scale_;
+      scores[t] = score(q_, k, t, scale_);
       most = std::max(most, scores[t]);
     }
     const float rescale = exp_f32(max_ - most);
@@ -48,8 +78,19 @@ class OnlineSoftmax {
     for (int t = 0; t < n; ++t) {
       const float p = exp_f32(scores[t] - max_);
       lanes_[t % kSumLanes] += p;
-      for (size_t d = 0; d < dims; ++d) out_[d] = std::fma(p, v[t * dims + d], out_[d]);
+      for (int d = 0; d < v.dims; ++d) {
+        float& sum = out_[static_cast<size_t>(d)];
+        sum = std::fma(p * v.scale(t)[d / v.group], v.row(t)[d], sum);
+      }
     }
+  }
+
+  void merge(const OnlineSoftmax& part) {
+    const float most = std::max(max_, part.max_);
+    const float a = exp_f32(max_ - most), b = exp_f32(part.max_ - most);
+    max_ = most;
+    for (int i = 0; i < kSumLanes; ++i) lanes_[i] = std::fma(part.lanes_[i], b, lanes_[i] * a);
+    for (size_t d = 0; d < out_.size(); ++d) out_[d] = std::fma(part.out_[d], b, out_[d] * a);
   }
 
   void finish(float* out) {
@@ -60,17 +101,17 @@ class OnlineSoftmax {
  private:
   const float* q_;
   float scale_;
-  float max_ = -std::numeric_limits<float>::infinity();
+  float max_ = kLowest;
   float lanes_[kSumLanes] = {};
   std::vector<float> out_;
 };
 
-// One head of one page as float32 [tokens, head_dim].
-void read_page(const KvView& kv, int64_t page, int head, int tokens, float* k, float* v) {
-  const size_t dims = static_cast<size_t>(kv.layout->head_dim);
+// The first `tokens` tokens of one head of one page.
+void read_page(const KvView& kv, const quant::KvPart& part, int64_t page, int head, int tokens,
+               BlockPart* block) {
   for (int t = 0; t < tokens; ++t) {
-    const size_t at = static_cast<size_t>(t) * dims;
-    quant::kv_read_reference(*kv.layout, kv.pages[page], t, head, k + at, v + at);
+    quant::kv_read_factors(*kv.layout, part, kv.pages[page], t, head, block->row(t),
+                           block->scale(t));
   }
 }
 
@@ -80,18 +121,25 @@ void attention_reference(const AttentionArgs& args) {
   const quant::KvPageLayout& layout = *args.kv.layout;
   const int dims = layout.head_dim;
   const int per_kv = args.heads / layout.kv_heads;
-  std::vector<float> k(static_cast<size_t>(kBlock) * dims), v(k.size());
+  BlockPart k(dims, layout.k.group), v(dims, layout.v.group);
   for (int head = 0; head < args.heads; ++head) {
     for (int64_t row = 0; row < args.rows; ++row) {
       const int64_t at = int64_t{head} * dims;
-      OnlineSoftmax softmax(args.q + row * args.q_stride + at, dims, args.scale);
+      const float* const q = args.q + row * args.q_stride + at;
+      OnlineSoftmax total(q, dims, args.scale);
       const int64_t visible = args.begin + row + 1;
-      for (int64_t page = 0; page * kBlock < visible; ++page) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlock, visible - page * kBlock));
-        read_page(args.kv, page, head / per_kv, n, k.data(), v.data());
-        softmax.add_block(k.data(), v.data(), n);
+      for (int64_t chunk = 0; chunk < visible; chunk += kAttentionChunk) {
+        OnlineSoftmax softmax(q, dims, args.scale);
+        const int64_t end = std::min(visible, chunk + kAttentionChunk);
+        for (int64_t begin = chunk; begin < end; begin += kBlock) {
+          const int n = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
+          read_page(args.kv, layout.k, begin / kBlock, head / per_kv, n, &k);
+          read_page(args.kv, layout.v, begin / kBlock, head / per_kv, n, &v);
+          softmax.add_block(k, v, n);
+        }
+        total.merge(softmax);
       }
-      softmax.finish(args.out + row * args.out_stride + at);
+      total.finish(args.out + row * args.out_stride + at);
     }
   }
 }
@@ -103,7 +151,7 @@ void importance_reference(const ImportanceArgs& args) {
   const int dims = layout.head_dim;
   const int per_kv = args.heads / layout.kv_heads;
   const int64_t length = args.kv.length;
-  std::vector<float> k(static_cast<size_t>(kBlock) * dims), v(k.size());
+  BlockPart k(dims, layout.k.group);
   std::vector<float> scores(static_cast<size_t>(length)), part(scores.size());
   std::fill_n(args.out, length, 0.0f);
   for (int kv_head = 0; kv_head < layout.kv_heads; ++kv_head) {
@@ -112,13 +160,11 @@ void importance_reference(const ImportanceArgs& args) {
       for (int query = 0; query < args.queries; ++query) {
         const float* const q = args.q + query * args.q_stride + int64_t{head} * dims;
         const int64_t visible = length - args.queries + query + 1;
-        float most = -std::numeric_limits<float>::infinity();
+        float most = kLowest;
         for (int64_t t = 0; t < visible; ++t) {
-          quant::kv_read_reference(layout, args.kv.pages[t / kBlock], static_cast<int>(t % kBlock),
-                                   kv_head, k.data(), v.data());
-          float sum = 0.0f;
-          for (int d = 0; d < dims; ++d) sum = std::fma(q[d], k[static_cast<size_t>(d)], sum);
-          scores[static_cast<size_t>(t)] = sum * args.scale;
+          quant::kv_read_factors(layout, layout.k, args.kv.pages[t / kBlock],
+                                 static_cast<int>(t % kBlock), kv_head, k.row(0), k.scale(0));
+          scores[static_cast<size_t>(t)] = score(q, k, 0, args.scale);
           most = std::max(most, scores[static_cast<size_t>(t)]);
         }
         float lanes[kSumLanes] = {};
@@ -141,7 +187,7 @@ void importance_reference(const ImportanceArgs& args) {
 
 void encoder_attention_reference(const EncoderAttentionArgs& args) {
   const int dims = args.head_dim;
-  std::vector<float> k(static_cast<size_t>(kBlock) * dims), v(k.size());
+  BlockPart k(dims, dims), v(dims, dims);
   for (int64_t block = 0; block < args.blocks; ++block) {
     for (int head = 0; head < args.heads; ++head) {
       const int64_t base = block * args.tokens * args.stride + int64_t{head} * dims;
@@ -151,10 +197,10 @@ void encoder_attention_reference(const EncoderAttentionArgs& args) {
           const int n = static_cast<int>(std::min<int64_t>(kBlock, args.tokens - begin));
           for (int t = 0; t < n; ++t) {
             const int64_t at = base + (begin + t) * args.stride;
-            std::copy_n(args.k + at, dims, k.begin() + static_cast<ptrdiff_t>(t) * dims);
-            std::copy_n(args.v + at, dims, v.begin() + static_cast<ptrdiff_t>(t) * dims);
+            std::copy_n(args.k + at, dims, k.row(t));
+            std::copy_n(args.v + at, dims, v.row(t));
           }
-          softmax.add_block(k.data(), v.data(), n);
+          softmax.add_block(k, v, n);
         }
         softmax.finish(args.out + base + row * args.stride);
       }

@@ -12,8 +12,8 @@
 //               kIntegerSpan inputs), then for each in ascending order sum = fma(scale, products,
 //               sum), sum = fma(shift, inputs, sum), shift = -zero * scale or the offset;
 //               then (asymmetric) - zero_x * row_sums; then * scale_x, + bias, + old value.
-//   attention:  scores one accumulator over dims ascending; softmax online over pages ascending
-//               (see attention.cc).
+//   attention:  scores one accumulator over the dims of a group ascending; softmax online over the
+//               pages of a chunk ascending, chunks merged ascending (see attention.cc).
 //   norms, similarity: 16 interleaved partial sums (see math.h).
 #pragma once
 
@@ -85,6 +85,10 @@ struct KvAppendArgs {
   KvView kv;
 };
 void kv_append_reference(const KvAppendArgs& args);
+
+// Tokens whose softmax is computed alone and then merged: what threads share the pages of one
+// sequence by. Fixed, so that results do not depend on how they are shared.
+inline constexpr int64_t kAttentionChunk = 8 * quant::kPageTokens;
 
 // Causal attention of consecutive rows of one sequence over its pages: row i sees tokens [0, begin
 // + i]. out = softmax(scale * q K^T) V. GQA: query head h reads kv head h / (heads / kv_heads).

@@ -1,17 +1,26 @@
-// Layout of a KV page and the scalar reference of its number formats. Pure functions, any thread;
-// pages belong to the caller.
+// Names of the KV formats, layout of a page, and the scalar reference of what is stored in it. Pure
+// functions, any thread; pages belong to the caller.
 #include "src/quant/kv_format.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <optional>
 
+#include "src/core/printable.h"
 #include "src/quant/number.h"
 
 namespace fq::quant {
 namespace {
 
 constexpr int kDefaultGroup = 128;
+constexpr std::array kBits = {32, 16, 8, 6, 4, 3, 2};
+constexpr std::array kGroups = {16, 32, 64, 128};
+constexpr size_t kAlign = 64;
+constexpr int kMaxDims = 1024;
+
+size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 template <class T>
 T load(const std::byte* at) {
@@ -25,136 +34,225 @@ void store(std::byte* at, T value) {
   std::memcpy(at, &value, sizeof(T));
 }
 
-// K is [dim][token], V is [token][dim]; so are their parameters, by group instead of dim.
-struct Place {
-  const KvPageLayout& layout;
-  size_t head;  // start of the head's part
-  int slot;
+// --- Names -----------------------------------------------------------------------------------
 
-  size_t k_element(int dim) const { return static_cast<size_t>(dim) * kPageTokens + slot; }
-  size_t v_element(int dim) const { return static_cast<size_t>(slot) * layout.head_dim + dim; }
-  size_t k_param(size_t offset, int group) const {
-    return head + offset + (static_cast<size_t>(group) * kPageTokens + slot) * sizeof(float);
+// Takes one of `values` from the front of `text`; the longest first, so that 128 is not 16's 1.
+template <size_t kCount>
+std::optional<int> take_number(std::string_view& text, const std::array<int, kCount>& values) {
+  size_t digits = 0;
+  while (digits < text.size() && text[digits] >= '0' && text[digits] <= '9') ++digits;
+  for (const int value : values) {
+    if (std::to_string(value) == text.substr(0, digits)) {
+      text.remove_prefix(digits);
+      return value;
+    }
   }
-  size_t v_param(size_t offset, int group) const {
-    return head + offset + (static_cast<size_t>(slot) * layout.groups + group) * sizeof(float);
+  return std::nullopt;
+}
+
+bool take(std::string_view& text, std::string_view word) {
+  if (!text.starts_with(word)) return false;
+  text.remove_prefix(word.size());
+  return true;
+}
+
+std::optional<KvFormat> parse(std::string_view text) {
+  KvFormat format;
+  if (take(text, "kv")) {
+    const auto bits = take_number(text, kBits);
+    if (!bits) return std::nullopt;
+    format.k_bits = format.v_bits = *bits;
+  } else {
+    if (!take(text, "k")) return std::nullopt;
+    const auto k = take_number(text, kBits);
+    if (!k || !take(text, "v")) return std::nullopt;
+    const auto v = take_number(text, kBits);
+    if (!v) return std::nullopt;
+    format.k_bits = *k;
+    format.v_bits = *v;
   }
-  // kv4: the byte of a dim and the shift of its nibble.
-  size_t k_byte4(int dim) const { return static_cast<size_t>(dim / 2) * kPageTokens + slot; }
-  size_t v_byte4(int dim) const {
-    const int half = layout.head_dim / 2;
-    return static_cast<size_t>(slot) * half + dim % half;
+  if (take(text, "g")) {
+    const auto group = take_number(text, kGroups);
+    if (!group || !format.has_codes()) return std::nullopt;
+    format.group = *group;
   }
-  int k_shift4(int dim) const { return dim % 2 * 4; }
-  int v_shift4(int dim) const { return dim / (layout.head_dim / 2) * 4; }
+  while (!text.empty()) {
+    bool* option = nullptr;
+    if (take(text, "+ends16")) option = &format.ends16;
+    if (option == nullptr && take(text, "+rotate")) option = &format.rotate;
+    if (option == nullptr && take(text, "+scale32")) option = &format.scale32;
+    if (option == nullptr || *option) return std::nullopt;
+    *option = true;
+  }
+  if ((format.ends16 || format.scale32) && !format.has_codes()) return std::nullopt;
+  return format;
+}
+
+// --- Elements of a part ----------------------------------------------------------------------
+
+struct Element {
+  size_t low, high;  // bytes from the head's start
+  int low_shift, high_shift;
 };
 
-void put_nibble(std::byte* at, int shift, uint8_t code) {
-  const auto kept = static_cast<uint8_t>(*at) & static_cast<uint8_t>(0xF0 >> shift);
-  *at = static_cast<std::byte>(kept | (code << shift));
+Element element(const KvPart& part, int row, int column) {
+  const KvPlanes planes = kv_planes(part.bits);
+  const auto place = [&](int bits, size_t* byte, int* shift) {
+    const int per_byte = 8 / bits;
+    *byte += static_cast<size_t>(row / per_byte) * static_cast<size_t>(part.columns) +
+             static_cast<size_t>(column);
+    *shift = row % per_byte * bits;
+  };
+  Element e{part.low, part.high, 0, 0};
+  place(planes.low, &e.low, &e.low_shift);
+  if (planes.high > 0) place(planes.high, &e.high, &e.high_shift);
+  return e;
 }
 
-uint8_t get_nibble(const std::byte* at, int shift) {
-  return static_cast<uint8_t>((static_cast<uint8_t>(*at) >> shift) & 0xF);
+void put_bits(std::byte* at, int shift, int bits, int value) {
+  const int mask = ((1 << bits) - 1) << shift;
+  *at = static_cast<std::byte>((static_cast<int>(*at) & ~mask) | (value << shift));
 }
 
-void write_affine(const Place& p, std::byte* page, const float* k, const float* v) {
-  const KvPageLayout& l = p.layout;
-  const int bits = l.format.bits;
-  for (int g = 0; g < l.groups; ++g) {
-    const int begin = g * l.group;
-    const AffineParams kp = affine_params(k + begin, l.group, bits, /*include_zero=*/true);
-    const AffineParams vp = affine_params(v + begin, l.group, bits, /*include_zero=*/true);
-    store(page + p.k_param(l.k_scale_offset, g), kp.scale);
-    store(page + p.k_param(l.k_zero_offset, g), kp.zero);
-    store(page + p.v_param(l.v_scale_offset, g), vp.scale);
-    store(page + p.v_param(l.v_zero_offset, g), vp.zero);
-    for (int dim = begin; dim < begin + l.group; ++dim) {
-      const uint8_t k_code = affine_code(k[dim], kp, bits);
-      const uint8_t v_code = affine_code(v[dim], vp, bits);
-      std::byte* const k_part = page + p.head + l.k_offset;
-      std::byte* const v_part = page + p.head + l.v_offset;
-      if (bits == 8) {
-        k_part[p.k_element(dim)] = static_cast<std::byte>(k_code);
-        v_part[p.v_element(dim)] = static_cast<std::byte>(v_code);
+int get_bits(const std::byte* at, int shift, int bits) {
+  return (static_cast<int>(*at) >> shift) & ((1 << bits) - 1);
+}
+
+size_t param_index(int group, int slot) {
+  return static_cast<size_t>(group) * kPageTokens + static_cast<size_t>(slot);
+}
+
+// Row and column of a dim of a token: K is transposed, V is not.
+struct Cell {
+  int row, column;
+};
+Cell cell(const KvPageLayout& layout, const KvPart& part, int dim, int slot) {
+  return &part == &layout.k ? Cell{dim, slot} : Cell{slot, dim};
+}
+
+void write_part(const KvPageLayout& layout, const KvPart& part, std::byte* head, int slot,
+                const float* x) {
+  const KvPlanes planes = kv_planes(part.bits);
+  for (int g = 0; g < part.groups; ++g) {
+    const int begin = g * part.group;
+    AffineParams p{1.0f, 0.0f};
+    if (part.has_codes()) {
+      p = kv_params(x + begin, part.group, part.bits, layout.format.scale32);
+      const size_t at = param_index(g, slot);
+      if (layout.format.scale32) {
+        store(head + part.scales + at * 4, p.scale);
       } else {
-        put_nibble(k_part + p.k_byte4(dim), p.k_shift4(dim), k_code);
-        put_nibble(v_part + p.v_byte4(dim), p.v_shift4(dim), v_code);
+        store(head + part.scales + at * 2, half_from_float(p.scale));  // exact
+      }
+      store(head + part.zeros + at, static_cast<uint8_t>(p.zero));
+    }
+    for (int dim = begin; dim < begin + part.group; ++dim) {
+      const auto [row, column] = cell(layout, part, dim, slot);
+      const size_t index = static_cast<size_t>(row) * static_cast<size_t>(part.columns) +
+                           static_cast<size_t>(column);
+      if (part.bits == 32) {
+        store(head + part.low + 4 * index, x[dim]);
+      } else if (part.bits == 16) {
+        store(head + part.low + 2 * index, half_from_float_saturated(x[dim]));
+      } else {
+        const int code = affine_code(x[dim], p, part.bits);
+        const Element e = element(part, row, column);
+        put_bits(head + e.low, e.low_shift, planes.low, code & ((1 << planes.low) - 1));
+        if (planes.high > 0) put_bits(head + e.high, e.high_shift, planes.high, code >> planes.low);
       }
     }
   }
 }
 
-void read_affine(const Place& p, const std::byte* page, float* k, float* v) {
-  const KvPageLayout& l = p.layout;
-  for (int dim = 0; dim < l.head_dim; ++dim) {
-    const int g = dim / l.group;
-    const std::byte* const k_part = page + p.head + l.k_offset;
-    const std::byte* const v_part = page + p.head + l.v_offset;
-    const bool is8 = l.format.bits == 8;
-    const float k_code = is8 ? static_cast<uint8_t>(k_part[p.k_element(dim)])
-                             : get_nibble(k_part + p.k_byte4(dim), p.k_shift4(dim));
-    const float v_code = is8 ? static_cast<uint8_t>(v_part[p.v_element(dim)])
-                             : get_nibble(v_part + p.v_byte4(dim), p.v_shift4(dim));
-    k[dim] = (k_code - load<float>(page + p.k_param(l.k_zero_offset, g))) *
-             load<float>(page + p.k_param(l.k_scale_offset, g));
-    v[dim] = (v_code - load<float>(page + p.v_param(l.v_zero_offset, g))) *
-             load<float>(page + p.v_param(l.v_scale_offset, g));
+KvPart make_part(int bits, int rows, int columns, int head_dim, KvFormat format, size_t* end) {
+  KvPart part;
+  part.bits = bits;
+  part.rows = rows;
+  part.columns = columns;
+  part.group = head_dim;
+  part.low = *end;
+  const auto plane = [&](int plane_bits) {  // 8 rows of 1 bit are one row of bytes
+    const int per_byte = plane_bits <= 8 ? 8 / plane_bits : 1;
+    const int row_bytes = plane_bits <= 8 ? columns : columns * plane_bits / 8;
+    *end = aligned(*end + static_cast<size_t>((rows + per_byte - 1) / per_byte) *
+                              static_cast<size_t>(row_bytes));
+  };
+  if (!part.has_codes()) {
+    plane(bits);
+    return part;
   }
+  const KvPlanes planes = kv_planes(bits);
+  plane(planes.low);
+  part.high = *end;
+  if (planes.high > 0) plane(planes.high);
+  // specs/quantization 1.2: min(group, head_dim), and head_dim where that does not divide it.
+  const int wanted = std::min(format.group > 0 ? format.group : kDefaultGroup, head_dim);
+  part.group = head_dim % wanted == 0 ? wanted : head_dim;
+  part.groups = head_dim / part.group;
+  const size_t params = static_cast<size_t>(part.groups) * kPageTokens;
+  part.scales = *end;
+  part.zeros = part.scales + params * (format.scale32 ? 4 : 2);
+  *end = part.zeros + params;
+  return part;
 }
 
 }  // namespace
 
-std::string KvFormat::name() const { return "kv" + std::to_string(bits); }
+std::string KvFormat::name() const {
+  std::string text = k_bits == v_bits ? "kv" + std::to_string(k_bits)
+                                      : "k" + std::to_string(k_bits) + "v" + std::to_string(v_bits);
+  if (group > 0) text += "g" + std::to_string(group);
+  if (ends16) text += "+ends16";
+  if (rotate) text += "+rotate";
+  if (scale32) text += "+scale32";
+  return text;
+}
+
+KvFormat KvFormat::of_layer(int layer, int layers) const {
+  KvFormat format = *this;
+  format.ends16 = false;
+  if (ends16 && (layer == 0 || layer == layers - 1)) {
+    format.k_bits = std::max(k_bits, 16);
+    format.v_bits = std::max(v_bits, 16);
+    format.group = 0;
+    format.scale32 = false;
+  }
+  return format;
+}
 
 Result<KvFormat> parse_kv_format(std::string_view text) {
-  for (const int bits : {32, 16, 8, 4}) {
-    const KvFormat format{.bits = bits, .group = 0};
-    if (format.name() == text) return format;
-  }
-  return Error{Code::kInvalidArgument, "unknown KV cache format '" + std::string(text) + "'",
-               "use one of kv32, kv16, kv8, kv4"};
+  if (const auto format = parse(text)) return *format;
+  return Error{Code::kInvalidArgument, "unknown KV cache format " + printable(text),
+               "use kv32, kv16, kv8, kv6, kv4, kv3, kv2, or K and V apart as in k8v4; with codes "
+               "a group may follow (g16, g32, g64, g128) and +ends16, +scale32; with any +rotate: "
+               "kv4g32+ends16+rotate"};
 }
 
 Result<KvPageLayout> KvPageLayout::make(KvFormat format, int kv_heads, int head_dim) {
-  const int bits = format.bits;
-  if (bits != 32 && bits != 16 && bits != 8 && bits != 4) {
-    return Error{Code::kUnsupported, "KV cache with " + std::to_string(bits) + " bits",
-                 "use 32, 16, 8 or 4 bits"};
+  for (const int bits : {format.k_bits, format.v_bits}) {
+    if (std::find(kBits.begin(), kBits.end(), bits) == kBits.end()) {
+      return Error{Code::kUnsupported, "KV cache with " + std::to_string(bits) + " bits",
+                   "use 32, 16, 8, 6, 4, 3 or 2 bits"};
+    }
   }
-  if (kv_heads < 1 || head_dim < 1) {
+  if (format.group != 0 &&
+      std::find(kGroups.begin(), kGroups.end(), format.group) == kGroups.end()) {
+    return Error{Code::kUnsupported, "KV groups of " + std::to_string(format.group),
+                 "use 16, 32, 64 or 128, or 0 for the default"};
+  }
+  if (kv_heads < 1 || head_dim < 1 || head_dim > kMaxDims) {
     return Error{Code::kUnsupported,
                  "KV cache of " + std::to_string(kv_heads) + " heads of " +
                      std::to_string(head_dim) + " dimensions",
-                 ""};
-  }
-  if (bits == 4 && head_dim % 2 != 0) {
-    return Error{
-        Code::kUnsupported,
-        "kv4 packs two dimensions per byte, head dimension " + std::to_string(head_dim) + " is odd",
-        "use kv8, kv16 or kv32"};
+                 "heads have up to " + std::to_string(kMaxDims) + " dimensions"};
   }
   KvPageLayout layout;
   layout.format = format;
   layout.kv_heads = kv_heads;
   layout.head_dim = head_dim;
-  const size_t part =
-      static_cast<size_t>(head_dim) * kPageTokens * bits / 8;  // a multiple of 64 (kv4: even dim)
-  layout.k_offset = 0;
-  layout.v_offset = part;
-  size_t end = 2 * part;
-  if (bits <= 8) {
-    // specs/quantization 1.5: min(group, head_dim), and head_dim where that does not divide it.
-    const int wanted = std::min(format.group > 0 ? format.group : kDefaultGroup, head_dim);
-    layout.group = head_dim % wanted == 0 ? wanted : head_dim;
-    layout.groups = head_dim / layout.group;
-    const size_t params = static_cast<size_t>(layout.groups) * kPageTokens * sizeof(float);
-    layout.k_scale_offset = end;
-    layout.k_zero_offset = end + params;
-    layout.v_scale_offset = end + 2 * params;
-    layout.v_zero_offset = end + 3 * params;
-    end += 4 * params;
-  }
+  size_t end = 0;
+  layout.k = make_part(format.k_bits, head_dim, kPageTokens, head_dim, format, &end);
+  layout.v = make_part(format.v_bits, kPageTokens, head_dim, head_dim, format, &end);
   layout.head_bytes = end;
   layout.page_bytes = end * static_cast<size_t>(kv_heads);
   return layout;
@@ -180,25 +278,65 @@ uint8_t affine_code(float x, AffineParams p, int bits) {
   return static_cast<uint8_t>(clamped(std::nearbyint(x / p.scale) + p.zero, 0.0f, qmax));
 }
 
+float kv_scale(float range, int bits, bool scale32) {
+  const float qmax = static_cast<float>((1 << bits) - 1);
+  const float scale = (range > 1e-5f ? range : 1e-5f) / qmax;
+  if (scale32) return scale;
+  uint16_t half = half_from_float_saturated(scale);
+  if (float_from_half(half) < scale && half < 0x7BFFu) ++half;  // the next larger half
+  return float_from_half(half);
+}
+
+AffineParams kv_params(const float* x, int n, int bits, bool scale32) {
+  const float qmax = static_cast<float>((1 << bits) - 1);
+  float low = 0.0f, high = 0.0f;
+  for (int i = 0; i < n; ++i) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+  }
+  AffineParams params;
+  params.scale = kv_scale(high - low, bits, scale32);
+  params.zero = clamped(-std::nearbyint(low / params.scale), 0.0f, qmax);
+  return params;
+}
+
 void kv_write_reference(const KvPageLayout& layout, std::byte* page, int slot, const float* k,
                         const float* v) {
   for (int head = 0; head < layout.kv_heads; ++head) {
-    const Place p{layout, layout.head_bytes * static_cast<size_t>(head), slot};
-    const float* const k_head = k + static_cast<size_t>(head) * layout.head_dim;
-    const float* const v_head = v + static_cast<size_t>(head) * layout.head_dim;
-    std::byte* const k_part = page + p.head + layout.k_offset;
-    std::byte* const v_part = page + p.head + layout.v_offset;
-    if (layout.format.bits <= 8) {
-      write_affine(p, page, k_head, v_head);
-    } else if (layout.format.bits == 16) {
-      for (int dim = 0; dim < layout.head_dim; ++dim) {
-        store(k_part + 2 * p.k_element(dim), half_from_float_saturated(k_head[dim]));
-        store(v_part + 2 * p.v_element(dim), half_from_float_saturated(v_head[dim]));
-      }
-    } else {
-      for (int dim = 0; dim < layout.head_dim; ++dim) {
-        store(k_part + 4 * p.k_element(dim), k_head[dim]);
-        store(v_part + 4 * p.v_element(dim), v_head[dim]);
+    std::byte* const at = page + layout.head_bytes * static_cast<size_t>(head);
+    const size_t skip = static_cast<size_t>(head) * static_cast<size_t>(layout.head_dim);
+    write_part(layout, layout.k, at, slot, k + skip);
+    write_part(layout, layout.v, at, slot, v + skip);
+  }
+}
+
+void kv_read_factors(const KvPageLayout& layout, const KvPart& part, const std::byte* page,
+                     int slot, int head, float* x, float* scales) {
+  const std::byte* const at = page + layout.head_bytes * static_cast<size_t>(head);
+  const KvPlanes planes = kv_planes(part.bits);
+  for (int g = 0; g < part.groups; ++g) {
+    float zero = 0.0f;
+    scales[g] = 1.0f;
+    if (part.has_codes()) {
+      const size_t index = param_index(g, slot);
+      scales[g] = layout.format.scale32
+                      ? load<float>(at + part.scales + index * 4)
+                      : float_from_half(load<uint16_t>(at + part.scales + index * 2));
+      zero = static_cast<float>(load<uint8_t>(at + part.zeros + index));
+    }
+    for (int dim = g * part.group; dim < (g + 1) * part.group; ++dim) {
+      const auto [row, column] = cell(layout, part, dim, slot);
+      const size_t index = static_cast<size_t>(row) * static_cast<size_t>(part.columns) +
+                           static_cast<size_t>(column);
+      if (part.bits == 32) {
+        x[dim] = load<float>(at + part.low + 4 * index);
+      } else if (part.bits == 16) {
+        x[dim] = float_from_half(load<uint16_t>(at + part.low + 2 * index));
+      } else {
+        const Element e = element(part, row, column);
+        int code = get_bits(at + e.low, e.low_shift, planes.low);
+        if (planes.high > 0) code |= get_bits(at + e.high, e.high_shift, planes.high) << planes.low;
+        x[dim] = static_cast<float>(code) - zero;
       }
     }
   }
@@ -206,22 +344,14 @@ void kv_write_reference(const KvPageLayout& layout, std::byte* page, int slot, c
 
 void kv_read_reference(const KvPageLayout& layout, const std::byte* page, int slot, int head,
                        float* k, float* v) {
-  const Place p{layout, layout.head_bytes * static_cast<size_t>(head), slot};
-  const std::byte* const k_part = page + p.head + layout.k_offset;
-  const std::byte* const v_part = page + p.head + layout.v_offset;
-  if (layout.format.bits <= 8) {
-    read_affine(p, page, k, v);
-  } else if (layout.format.bits == 16) {
-    for (int dim = 0; dim < layout.head_dim; ++dim) {
-      k[dim] = float_from_half(load<uint16_t>(k_part + 2 * p.k_element(dim)));
-      v[dim] = float_from_half(load<uint16_t>(v_part + 2 * p.v_element(dim)));
-    }
-  } else {
-    for (int dim = 0; dim < layout.head_dim; ++dim) {
-      k[dim] = load<float>(k_part + 4 * p.k_element(dim));
-      v[dim] = load<float>(v_part + 4 * p.v_element(dim));
-    }
-  }
+  std::array<float, kMaxDims / kGroups[0]> scales;
+  const auto read = [&](const KvPart& part, float* x) {
+    kv_read_factors(layout, part, page, slot, head, x, scales.data());
+    for (int dim = 0; dim < layout.head_dim; ++dim)
+      x[dim] *= scales[static_cast<size_t>(dim / part.group)];
+  };
+  read(layout.k, k);
+  read(layout.v, v);
 }
 
 }  // namespace fq::quant

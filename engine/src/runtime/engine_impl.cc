@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <future>
 #include <new>
+#include <numeric>
 
 #include "src/model/directory.h"
 
@@ -69,28 +70,31 @@ Result<std::shared_ptr<Engine::Impl>> Engine::Impl::create(std::shared_ptr<const
   plan.weight_bytes = directory.weight_bytes();
   plan.workspace_bytes = runtime::Executor::workspace_bytes(
       *impl->decoder_, impl->vision_.get(), options.chunk_rows, options.max_sequences);
-  plan.page_bytes = impl->decoder_->kv_layout().page_bytes;
-  const uint64_t least = plan.workspace_bytes + plan.page_bytes * static_cast<uint64_t>(layers);
+  std::vector<size_t> page_bytes;
+  for (int l = 0; l < layers; ++l) page_bytes.push_back(impl->decoder_->kv_layout(l).page_bytes);
+  plan.page_bytes = page_bytes[page_bytes.size() / 2];
+  const uint64_t least =
+      std::accumulate(page_bytes.begin(), page_bytes.end(), plan.workspace_bytes);
   if (options.memory_bytes < least) {
     return invalid("memory_bytes is " + mib(options.memory_bytes) +
                        ", the workspace and one page for each of " + std::to_string(layers) +
                        " layers need " + mib(least),
                    "give more memory, or lower chunk_rows or max_sequences");
   }
-  plan.pages =
-      static_cast<int64_t>((options.memory_bytes - plan.workspace_bytes) / plan.page_bytes);
   // No more than every sequence at full context could ever use: page ids stay small and plans
   // honest.
-  plan.pages = std::min(
-      plan.pages, options.max_sequences * runtime::Scheduler::page_bound(
-                                              impl->max_context_, 1, layers, quant::kPageTokens));
-  plan.kv_bytes = static_cast<uint64_t>(plan.pages) * plan.page_bytes;
-  plan.tokens = plan.pages / layers * quant::kPageTokens;
+  impl->pool_plan_ =
+      kv::LayerPools::plan(page_bytes, options.memory_bytes - plan.workspace_bytes,
+                           options.max_sequences * runtime::Scheduler::page_bound(
+                                                       impl->max_context_, 1, quant::kPageTokens));
+  plan.pages = impl->pool_plan_.total_pages();
+  plan.kv_bytes = impl->pool_plan_.total_bytes();
+  plan.tokens = impl->pool_plan_.pages_per_layer() * quant::kPageTokens;
 
-  FQ_ASSIGN_OR_RETURN(impl->pool_,
-                      kv::PagePool::create(plan.page_bytes, plan.pages, options.page_shuffle_seed));
+  FQ_ASSIGN_OR_RETURN(impl->pools_,
+                      kv::LayerPools::create(impl->pool_plan_, options.page_shuffle_seed));
   impl->scheduler_ = std::make_unique<runtime::Scheduler>(
-      impl->pool_.get(), layers, quant::kPageTokens, options.chunk_rows, options.max_sequences);
+      impl->pools_.get(), quant::kPageTokens, options.chunk_rows, options.max_sequences);
   try {
     impl->executor_ = std::make_unique<runtime::Executor>(
         *impl->decoder_, impl->vision_.get(), *impl->backend_, *impl->threads_, options.chunk_rows,
@@ -139,14 +143,15 @@ Result<std::unique_ptr<runtime::Sequence>> Engine::Impl::prepare(
   }
   sequence->max_tokens =
       static_cast<int>(std::min<int64_t>(request.sampling.max_tokens, max_context_ - rows));
-  const int64_t pages = runtime::Scheduler::page_bound(rows, sequence->max_tokens,
-                                                       decoder_->spec().layers, quant::kPageTokens);
-  if (pages > plan_.pages) {
+  const int64_t pages =
+      runtime::Scheduler::page_bound(rows, sequence->max_tokens, quant::kPageTokens);
+  if (pages > pool_plan_.pages_per_layer()) {
+    const int layers = decoder_->spec().layers;
     return Error{Code::kOutOfPages,
-                 "the request may need " + std::to_string(pages) + " KV pages, the pool has " +
-                     std::to_string(plan_.pages),
+                 "the request may need " + std::to_string(pages * layers) +
+                     " KV pages, the pool has " + std::to_string(plan_.pages),
                  "give the engine more memory (" +
-                     mib(static_cast<uint64_t>(pages) * plan_.page_bytes) +
+                     mib(static_cast<uint64_t>(pages) * pool_plan_.bytes_per_layer_page()) +
                      " of KV), a smaller KV format, fewer frames or a lower max_tokens"};
   }
   std::vector<TokenId> text_prompt;  // media placeholders are no tokens to penalise
@@ -336,19 +341,17 @@ void Engine::Impl::finish(runtime::Sequence& sequence, FinishReason reason, Even
   auto usage = std::make_shared<Usage>(std::move(sequence.usage));
   usage->completion_tokens = sequence.generated;
   usage->timings.total_ms = runtime::ms_between(sequence.submitted, runtime::Clock::now());
-  int64_t pages = 0, unreduced = 0;
-  for (const kv::PageTable& table : sequence.tables) {
-    pages += static_cast<int64_t>(table.ids().size());
-    unreduced += kv::PageTable::pages_for(
-        sequence.prompt.rows() + std::max(0, sequence.generated - 1), quant::kPageTokens);
+  const int64_t unreduced = kv::PageTable::pages_for(
+      sequence.prompt.rows() + std::max(0, sequence.generated - 1), quant::kPageTokens);
+  usage->kv_bytes = usage->kv_bytes_unreduced = 0;
+  for (size_t l = 0; l < sequence.tables.size(); ++l) {
+    const auto bytes = static_cast<int64_t>(pools_->page_bytes(static_cast<int>(l)));
+    usage->kv_bytes += static_cast<int64_t>(sequence.tables[l].ids().size()) * bytes;
+    usage->kv_bytes_unreduced += unreduced * bytes;
   }
-  usage->kv_bytes = pages * static_cast<int64_t>(plan_.page_bytes);
-  usage->kv_bytes_unreduced = unreduced * static_cast<int64_t>(plan_.page_bytes);
 
   // Pages go back before anybody can see that the request ended.
-  sequence.tables.clear();
-  pool_->unreserve(sequence.reserved_pages);
-  sequence.reserved_pages = 0;
+  scheduler_->release(sequence);
   sequence.phase = runtime::Phase::kDone;
   publish_stats();
 
@@ -370,8 +373,8 @@ void Engine::Impl::publish_stats() {
   std::lock_guard lock(mutex_);
   stats_.running = running;
   stats_.waiting = waiting;
-  stats_.pages_total = pool_->total();
-  stats_.pages_free = pool_->free_pages();
+  stats_.pages_total = pools_->total();
+  stats_.pages_free = pools_->free_pages();
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -411,13 +414,14 @@ Status Engine::Impl::check_integrity() {
 }
 
 Status Engine::Impl::check_integrity_now() {
-  std::vector<kv::PageId> ids;
+  std::vector<std::vector<kv::PageId>> ids(decoder_->layers().size());
   int64_t reserved = 0;
   Status broken;
   scheduler_->for_each([&](const runtime::Sequence& s) {
-    reserved += s.reserved_pages;
-    for (const kv::PageTable& table : s.tables) {
-      ids.insert(ids.end(), table.ids().begin(), table.ids().end());
+    reserved = std::accumulate(s.reserved.begin(), s.reserved.end(), reserved);
+    for (size_t l = 0; l < s.tables.size(); ++l) {
+      const kv::PageTable& table = s.tables[l];
+      ids[l].insert(ids[l].end(), table.ids().begin(), table.ids().end());
       if (static_cast<int64_t>(table.ids().size()) !=
           kv::PageTable::pages_for(table.length(), quant::kPageTokens)) {
         broken = Error{Code::kInternal,
@@ -428,19 +432,21 @@ Status Engine::Impl::check_integrity_now() {
     }
   });
   if (!broken) return broken;
-  if (reserved != pool_->reserved()) {
+  if (reserved != pools_->reserved()) {
     return Error{Code::kInternal,
                  "sequences hold " + std::to_string(reserved) +
-                     " promised pages, the pool promised " + std::to_string(pool_->reserved()),
+                     " promised pages, the pool promised " + std::to_string(pools_->reserved()),
                  ""};
   }
-  return pool_->check_integrity(ids);
+  return pools_->check_integrity(ids);
 }
 
 std::string Engine::Impl::describe_kernels() const {
-  std::string text = "backend: " + backend_->name() +
-                     "\nkv: " + decoder_->kv_layout().format.name() + ", page " +
-                     std::to_string(plan_.page_bytes) + " bytes per layer\n";
+  std::string text = "backend: " + backend_->name() + "\nkv: " + decoder_->kv_format().name() +
+                     ", page " + std::to_string(plan_.page_bytes) + " bytes per layer";
+  if (pools_->page_bytes(0) != plan_.page_bytes)
+    text += " (first and last: " + std::to_string(pools_->page_bytes(0)) + ")";
+  text += "\n";
   const auto chosen = model::parse_activation_format(options_.activations);
   std::map<std::string, int> formats;
   for (const auto& [name, linear] : model_->directory().spec().linears) {

@@ -70,9 +70,10 @@ class Engine::Impl : public std::enable_shared_from_this<Engine::Impl> {
   std::unique_ptr<const blocks::Decoder> decoder_;
   std::unique_ptr<const blocks::Vision> vision_;  // null for text models
   int max_context_ = 0;
+  kv::LayerPools::Plan pool_plan_;
 
   // Engine thread.
-  std::unique_ptr<kv::PagePool> pool_;
+  std::unique_ptr<kv::LayerPools> pools_;
   std::unique_ptr<runtime::Scheduler> scheduler_;
   std::unique_ptr<runtime::Executor> executor_;
   std::vector<runtime::BatchItem> batch_;

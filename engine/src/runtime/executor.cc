@@ -10,10 +10,10 @@ namespace {
 constexpr int64_t kHeadRows = 16;  // rows whose logits exist at once
 
 // Makes room in a layer for `rows` more. The pages were promised at admission, so they are there.
-void append_rows(Sequence& sequence, kv::PageTable& table, int64_t rows) {
-  const int64_t taken = table.append(rows);
+void append_rows(Sequence& sequence, size_t layer, int64_t rows) {
+  const int64_t taken = sequence.tables[layer].append(rows);
   assert(taken >= 0);
-  sequence.reserved_pages -= taken;
+  sequence.reserved[layer] -= taken;
 }
 
 // Frames encoded together: enough rows to keep the kernels busy, few enough to cancel quickly.
@@ -207,7 +207,7 @@ Result<bool> Executor::layer_unit(Sequence& sequence, LogitsFn on_logits) {
 
   for (int64_t begin = 0; begin < state.rows; begin += chunk_rows_) {
     const int64_t rows = std::min(chunk_rows_, state.rows - begin);
-    append_rows(sequence, table, rows);
+    append_rows(sequence, static_cast<size_t>(layer_index), rows);
     const blocks::KvSegment segment{.row = 0, .rows = rows, .begin = begin, .pages = table.pages()};
     layer.attention.forward(state.x.data() + begin * hidden, rows, state.positions.data() + begin,
                             {&segment, 1}, scratch_.data(), &attention_items_, pool_);
@@ -310,7 +310,7 @@ void Executor::token_pass(std::span<BatchItem> items, LogitsFn on_logits) {
       if (item.dropped) continue;
       kv::PageTable& table = item.sequence->tables[l];
       const int64_t begin = table.length();
-      append_rows(*item.sequence, table, item.rows);
+      append_rows(*item.sequence, l, item.rows);
       segments_.push_back(
           {.row = item.row, .rows = item.rows, .begin = begin, .pages = table.pages()});
     }

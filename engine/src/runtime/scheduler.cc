@@ -7,11 +7,14 @@ namespace fq::runtime {
 void Scheduler::admit() {
   while (!waiting_.empty() && running() < max_sequences_) {
     Sequence& next = *waiting_.front();
-    const int64_t pages = page_bound(next.prompt.rows(), next.max_tokens, layers_, page_tokens_);
-    if (!pool_->reserve(pages)) return;  // strict order: nobody overtakes a large request
-    next.reserved_pages = pages;
-    next.tables.reserve(static_cast<size_t>(layers_));
-    for (int l = 0; l < layers_; ++l) next.tables.emplace_back(pool_, page_tokens_);
+    const int64_t pages = page_bound(next.prompt.rows(), next.max_tokens, page_tokens_);
+    if (!pools_->reserve(pages)) return;  // strict order: nobody overtakes a large request
+    next.reserved.assign(static_cast<size_t>(pools_->layers()), pages);
+    next.tables.reserve(next.reserved.size());
+    for (int l = 0; l < pools_->layers(); ++l) {
+      next.tables.emplace_back(&pools_->pool(l), page_tokens_);
+      next.tables.back().reserve(pages);
+    }
     next.admitted = Clock::now();
     next.usage.timings.queue_ms = ms_between(next.submitted, next.admitted);
     next.phase = next.prompt.media_rows > 0 ? Phase::kVision : Phase::kChunks;
@@ -42,23 +45,29 @@ void Scheduler::compose(std::vector<BatchItem>* items) {
 }
 
 void Scheduler::return_surplus(Sequence& sequence) {
-  int64_t needed = 0;
-  for (const kv::PageTable& table : sequence.tables) {
-    needed += kv::PageTable::pages_for(table.length() + sequence.max_tokens - 1, page_tokens_) -
-              static_cast<int64_t>(table.ids().size());
+  for (size_t l = 0; l < sequence.tables.size(); ++l) {
+    const kv::PageTable& table = sequence.tables[l];
+    const int64_t needed =
+        kv::PageTable::pages_for(table.length() + sequence.max_tokens - 1, page_tokens_) -
+        static_cast<int64_t>(table.ids().size());
+    if (needed < sequence.reserved[l]) {
+      pools_->unreserve(static_cast<int>(l), sequence.reserved[l] - needed);
+      sequence.reserved[l] = needed;
+    }
   }
-  if (needed < sequence.reserved_pages) {
-    pool_->unreserve(sequence.reserved_pages - needed);
-    sequence.reserved_pages = needed;
-  }
+}
+
+void Scheduler::release(Sequence& sequence) {
+  sequence.tables.clear();
+  for (size_t l = 0; l < sequence.reserved.size(); ++l)
+    pools_->unreserve(static_cast<int>(l), sequence.reserved[l]);
+  sequence.reserved.clear();
 }
 
 void Scheduler::retire() {
   const auto retire_one = [this](std::unique_ptr<Sequence>& s) {
     if (s->phase != Phase::kDone) return false;
-    s->tables.clear();
-    pool_->unreserve(s->reserved_pages);
-    s->reserved_pages = 0;
+    release(*s);
     return true;
   };
   std::erase_if(running_, retire_one);

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "src/kv/page_pool.h"
+#include "src/kv/layer_pools.h"
 #include "src/runtime/executor.h"
 #include "src/runtime/sequence.h"
 
@@ -14,19 +14,19 @@ namespace fq::runtime {
 
 class Scheduler {
  public:
-  Scheduler(kv::PagePool* pool, int layers, int page_tokens, int chunk_rows, int max_sequences)
-      : pool_(pool),
-        layers_(layers),
+  Scheduler(kv::LayerPools* pools, int page_tokens, int chunk_rows, int max_sequences)
+      : pools_(pools),
         page_tokens_(page_tokens),
         chunk_rows_(chunk_rows),
         max_sequences_(max_sequences) {}
 
   void enqueue(std::unique_ptr<Sequence> sequence) { waiting_.push_back(std::move(sequence)); }
 
-  // Pages that a sequence may need at most: every layer holds the whole prompt and the answer.
-  static int64_t page_bound(int64_t prompt_rows, int max_tokens, int layers, int page_tokens) {
+  // Pages that a sequence may need at most in a layer, which then holds the whole prompt and the
+  // answer.
+  static int64_t page_bound(int64_t prompt_rows, int max_tokens, int page_tokens) {
     // The last token is never fed back, so it needs no room.
-    return layers * kv::PageTable::pages_for(prompt_rows + max_tokens - 1, page_tokens);
+    return kv::PageTable::pages_for(prompt_rows + max_tokens - 1, page_tokens);
   }
 
   // Moves waiting sequences into the running set, in order, while pages and places last. All or
@@ -39,6 +39,9 @@ class Scheduler {
 
   // Rows of this step's token-major pass: every decode row, then prompt chunks in order of arrival.
   void compose(std::vector<BatchItem>* items);
+
+  // Returns a sequence's pages and promises.
+  void release(Sequence& sequence);
 
   // After a reduced prefill: returns promises for rows that the deeper layers will never hold.
   void return_surplus(Sequence& sequence);
@@ -59,8 +62,8 @@ class Scheduler {
   const std::vector<std::unique_ptr<Sequence>>& running_sequences() const { return running_; }
 
  private:
-  kv::PagePool* pool_;
-  int layers_, page_tokens_, chunk_rows_, max_sequences_;
+  kv::LayerPools* pools_;
+  int page_tokens_, chunk_rows_, max_sequences_;
   std::deque<std::unique_ptr<Sequence>> waiting_;
   std::vector<std::unique_ptr<Sequence>> running_;  // in order of admission
 };

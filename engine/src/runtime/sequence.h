@@ -62,7 +62,7 @@ struct Sequence {
   Phase phase = Phase::kWaiting;
 
   std::vector<kv::PageTable> tables;  // one per layer, made at admission
-  int64_t reserved_pages = 0;         // promised by the pool and not taken yet
+  std::vector<int64_t> reserved;      // per layer: pages promised and not taken yet
   AlignedBuffer<float> media_rows;    // [prompt.media_rows, hidden]; freed once consumed
   VisionProgress vision;
   LayerMajor layer_major;

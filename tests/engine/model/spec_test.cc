@@ -264,7 +264,7 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{"EosRange", "/tokens/eos", json::array({2, 96}), "tokens.eos"},
         Refusal{"EosType", "/tokens/eos", json::array({"2"}), "got \"2\""},
         Refusal{"Tokenizer", "/tokens/tokenizer/file", "other.json", "is not listed in files"},
-        Refusal{"Kv", "/defaults/kv", "kv2", "defaults.kv"},
+        Refusal{"Kv", "/defaults/kv", "kv5", "defaults.kv"},
         Refusal{"Similarity", "/defaults/similarity_lower_bound", 1.5, "[-1, 1], got 1.5"},
         Refusal{"LinearSize", "/linears/decoder.embedding/out", 95,
                 "linears.decoder.embedding.out: expected integer in [96, 96], got 95"},

@@ -82,16 +82,7 @@ class CpuBackend : public Backend {
         "it has head dimensions up to " + std::to_string(cpu::kMaxHeadDim)};
   }
 
-  Status check(const quant::KvPageLayout& layout) const {
-    const int bits = layout.format.bits;
-    if (bits != 32 && bits != 16 && bits != 8 && bits != 4) {
-      return Error{
-          Code::kUnsupported,
-          "backend '" + name() + "' has no attention over " + std::to_string(bits) + "-bit pages",
-          "it has kv32, kv16, kv8 and kv4"};
-    }
-    return check_head_dim(layout.head_dim);
-  }
+  Status check(const quant::KvPageLayout& layout) const { return check_head_dim(layout.head_dim); }
 
   std::string target_;
   cpu::Kernels kernels_;

@@ -33,6 +33,7 @@ void fill_planes_linear_kernels(Kernels& kernels);
 void fill_integer_linear_kernels(Kernels& kernels);
 void fill_row_kernels(Kernels& kernels);  // norms, rope, activations, similarity
 void fill_kv_append_kernels(Kernels& kernels);
-void fill_attention_kernels(Kernels& kernels);  // attention, importance, encoder attention
+void fill_attention_kernels(Kernels& kernels);  // attention, importance
+void fill_encoder_attention_kernels(Kernels& kernels);
 
 }  // namespace fq::backend::cpu

@@ -1,6 +1,6 @@
-// Reading one head of a KV page as float32 panels for the inner product: K as [head_dim][64], V as
-// [tokens][stride]. Values equal quant::kv_read_reference bit for bit. Included once per SIMD
-// target.
+// Reading one head of a KV page: codes become the float32 factors (code - zero), exact, that
+// quant::kv_read_factors gives, in registers (CodeUnit) or as panels for the inner product: K as
+// [head_dim][64], V as [tokens][stride]. Included once per SIMD target.
 #if defined(FRAMEQUILT_CPU_PAGES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FRAMEQUILT_CPU_PAGES_INL_H_
 #undef FRAMEQUILT_CPU_PAGES_INL_H_
@@ -22,6 +22,7 @@ namespace HWY_NAMESPACE {
 
 using quant::kPageTokens;
 using quant::KvPageLayout;
+using quant::KvPart;
 
 inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -30,6 +31,9 @@ struct Panel {
   const float* data = nullptr;
   int64_t stride = 0;
 };
+
+// Floats that a panel of V may write past its last row, in whole vectors.
+constexpr int64_t kPanelSlack = 16;
 
 HWY_INLINE VU LoadBytes(const uint8_t* at) {
   return hn::PromoteTo(DU(), hn::LoadU(hn::Rebind<uint8_t, DF>(), at));
@@ -40,102 +44,190 @@ HWY_INLINE VF LoadHalves(const std::byte* at) {
   return hn::PromoteTo(DF(), hn::LoadU(dh, reinterpret_cast<const hwy::float16_t*>(at)));
 }
 
-// K of `tokens` tokens (a multiple of kLanes; what lies behind the last real one is never used).
-inline Panel ReadK(const KvPageLayout& layout, const std::byte* head, int64_t tokens,
-                   float* scratch) {
-  const DF df;
-  const std::byte* const k = head + layout.k_offset;
-  const int bits = layout.format.bits;
-  if (bits == 32) return {reinterpret_cast<const float*>(k), kPageTokens};
-  const Panel panel{scratch, kPageTokens};
-  if (bits == 16) {
-    for (int64_t d = 0; d < layout.head_dim; ++d) {
-      for (int64_t t = 0; t < tokens; t += kLanes) {
-        hn::Store(LoadHalves(k + (d * kPageTokens + t) * 2), df, scratch + d * kPageTokens + t);
-      }
-    }
-    return panel;
+// Rows of a matrix of codes that end at a byte border in every plane, and how a code is cut out of
+// the words (bytes of one column each) that hold it.
+template <int kBits>
+struct CodeUnit {
+  static constexpr quant::KvPlanes kPlanes = quant::kv_planes(kBits);
+  static constexpr int kPerLow = 8 / kPlanes.low;
+  static constexpr int kRows = kPlanes.high > 0 ? 8 / kPlanes.high : kPerLow;
+  static constexpr int kLowRows = kRows / kPerLow;  // rows of bytes of the low plane
+
+  VU low[kLowRows], high;
+
+  // Words of kLanes columns; `stride`: bytes between rows of bytes.
+  HWY_INLINE void Load(const uint8_t* low_bytes, const uint8_t* high_bytes, int64_t stride) {
+    Unrolled<kLowRows>([&](auto i)
+                           FRAMEQUILT_INLINE { low[i] = LoadBytes(low_bytes + i * stride); });
+    if constexpr (kPlanes.high > 0) high = LoadBytes(high_bytes);
   }
-  const auto* const scales = reinterpret_cast<const float*>(head + layout.k_scale_offset);
-  const auto* const zeros = reinterpret_cast<const float*>(head + layout.k_zero_offset);
-  const auto* const codes = reinterpret_cast<const uint8_t*>(k);
-  for (int64_t g = 0; g < layout.groups; ++g) {
-    const int64_t begin = g * layout.group, end = begin + layout.group;
-    for (int64_t t = 0; t < tokens; t += kLanes) {
-      const VF scale = hn::LoadU(df, scales + g * kPageTokens + t);
-      const VF zero = hn::LoadU(df, zeros + g * kPageTokens + t);
-      const VF minus = hn::Add(zero, hn::Set(df, CodeBase(0)));
-      float* out = scratch + begin * kPageTokens + t;
-      if (bits == 8) {
-        for (int64_t d = begin; d < end; ++d, out += kPageTokens) {
-          const VF code = CodeMinusZero<8, 0>(LoadBytes(codes + d * kPageTokens + t), minus);
-          hn::Store(hn::Mul(code, scale), df, out);
-        }
-        continue;
-      }
-      const VF minus_high = hn::Add(zero, hn::Set(df, CodeBase(4)));
-      for (int64_t d = begin; d < end; ++d, out += kPageTokens) {
-        const VU both = LoadBytes(codes + d / 2 * kPageTokens + t);
-        const VF code =
-            d % 2 == 0 ? CodeMinusZero<4, 0>(both, minus) : CodeMinusZero<4, 4>(both, minus_high);
-        hn::Store(hn::Mul(code, scale), df, out);
-      }
+
+  static constexpr int Shift(int row) { return row % kPerLow * kPlanes.low; }
+  // Of row kRow of the unit; minus = zero + CodeBase(Shift(kRow)).
+  template <int kRow>
+  HWY_INLINE VF Code(VF minus) const {
+    constexpr int kShift = Shift(kRow);
+    if constexpr (kPlanes.high == 0) {
+      return CodeMinusZero<kBits, kShift>(low[kRow / kPerLow], minus);
+    } else {
+      const DU du;
+      constexpr int kFrom = kRow * kPlanes.high, kTo = kShift + kPlanes.low;
+      constexpr uint32_t kLowMask = ((1u << kPlanes.low) - 1) << kShift;
+      constexpr uint32_t kHighMask = ((1u << kPlanes.high) - 1) << kTo;
+      constexpr uint32_t kExponent = (127u + 23u - kShift) << 23;
+      VU moved = high;
+      if constexpr (kFrom > kTo) moved = hn::ShiftRight<kFrom - kTo>(moved);
+      if constexpr (kFrom < kTo) moved = hn::ShiftLeft<kTo - kFrom>(moved);
+      const VU part = hn::OrAnd(hn::Set(du, kExponent), low[kRow / kPerLow], hn::Set(du, kLowMask));
+      const VU whole = hn::OrAnd(part, moved, hn::Set(du, kHighMask));
+      return hn::Sub(hn::BitCast(DF(), whole), minus);
     }
   }
-  return panel;
+};
+
+// Row of bytes of a plane that row `row` (a multiple of the unit's rows) starts in.
+constexpr int64_t PlaneRow(int64_t row, int plane_bits) { return row * plane_bits / 8; }
+
+// Parameters of one head of a page as float32, [groups][64].
+struct PageParams {
+  const float* scales = nullptr;  // null: floats, all 1
+  const float* zeros = nullptr;
+};
+
+// Floats that ReadParams needs.
+inline int64_t ParamFloats(const KvPart& part) {
+  return part.has_codes() ? 2 * int64_t{part.groups} * kPageTokens : 0;
 }
 
-// Floats that ReadV may write past the last row, in whole vectors.
-constexpr int64_t kPanelSlack = 16;
-
-// V codes of one token by whole vectors. Reads up to 15 bytes past the token (still inside the
-// page: parameters follow) and writes up to kPanelSlack floats past its row.
-template <int kBits>
-HWY_INLINE void ReadTokenV(const uint8_t* codes, const float* scales, const float* zeros,
-                           int64_t head_dim, int64_t group, float* out) {
+// Of all 64 tokens; behind the last real one they are anything.
+inline PageParams ReadParams(const KvPageLayout& layout, const KvPart& part, const std::byte* head,
+                             float* scratch) {
+  if (!part.has_codes()) return {};
   const DF df;
-  const int64_t bytes = kBits == 8 ? head_dim : head_dim / 2;
-  for (int half = 0; half < 8 / kBits; ++half) {
-    int64_t in_group = half * bytes, g = 0;
-    for (; in_group >= group; in_group -= group) ++g;
-    for (int64_t i = 0; i < bytes;) {
-      const VF scale = hn::Set(df, scales[g]);
-      const VF minus = hn::Set(df, zeros[g] + CodeBase(half * 4));
-      const int64_t group_end = std::min(bytes, i + group - in_group);
-      for (; i < group_end; i += kLanes) {
-        const VU raw = LoadBytes(codes + i);
-        VF code;
-        if constexpr (kBits == 8) {
-          code = CodeMinusZero<8, 0>(raw, minus);
-        } else {
-          code = half == 0 ? CodeMinusZero<4, 0>(raw, minus) : CodeMinusZero<4, 4>(raw, minus);
-        }
-        hn::StoreU(hn::Mul(code, scale), df, out + half * bytes + i);
+  const int64_t count = int64_t{part.groups} * kPageTokens;
+  const auto* const zeros = reinterpret_cast<const uint8_t*>(head + part.zeros);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const VF scale = layout.format.scale32
+                         ? hn::LoadU(df, reinterpret_cast<const float*>(head + part.scales) + i)
+                         : LoadHalves(head + part.scales + i * 2);
+    hn::Store(scale, df, scratch + i);
+    const hn::Rebind<int32_t, DF> di;
+    hn::Store(hn::ConvertTo(df, hn::BitCast(di, LoadBytes(zeros + i))), df, scratch + count + i);
+  }
+  return {scratch, scratch + count};
+}
+
+// --- Panels ----------------------------------------------------------------------------------
+
+template <int kBits>
+void ReadCodesK(const KvPart& part, const std::byte* head, const PageParams& params, int64_t tokens,
+                float* out) {
+  using Unit = CodeUnit<kBits>;
+  const DF df;
+  for (int64_t g = 0; g < part.groups; ++g) {
+    const int64_t begin = g * part.group, end = begin + part.group;
+    for (int64_t t = 0; t < tokens; t += kLanes) {
+      const VF zero = hn::LoadU(df, params.zeros + g * kPageTokens + t);
+      VF minus[Unit::kPerLow];
+      Unrolled<Unit::kPerLow>([&](auto i) FRAMEQUILT_INLINE {
+        minus[i] = hn::Add(zero, hn::Set(df, CodeBase(Unit::Shift(i))));
+      });
+      for (int64_t d = begin; d < end; d += Unit::kRows) {
+        const auto* const bytes = reinterpret_cast<const uint8_t*>(head) + t;
+        Unit unit;
+        unit.Load(bytes + part.low + PlaneRow(d, Unit::kPlanes.low) * kPageTokens,
+                  bytes + part.high + PlaneRow(d, Unit::kPlanes.high) * kPageTokens, kPageTokens);
+        Unrolled<Unit::kRows>([&](auto row) FRAMEQUILT_INLINE {
+          if (d + row < end) {
+            hn::Store(unit.template Code<row>(minus[row % Unit::kPerLow]), df,
+                      out + (d + row) * kPageTokens + t);
+          }
+        });
       }
-      i = group_end;
-      in_group = 0;
-      ++g;
     }
   }
+}
+
+// Writes whole units of tokens, at most 64.
+template <int kBits>
+void ReadCodesV(const KvPart& part, const std::byte* head, const PageParams& params, int64_t tokens,
+                int64_t stride, float* out) {
+  using Unit = CodeUnit<kBits>;
+  const DF df;
+  const auto* const bytes = reinterpret_cast<const uint8_t*>(head);
+  for (int64_t t = 0; t < tokens; t += Unit::kRows) {
+    const uint8_t* const low = bytes + part.low + PlaneRow(t, Unit::kPlanes.low) * part.columns;
+    const uint8_t* const high = bytes + part.high + PlaneRow(t, Unit::kPlanes.high) * part.columns;
+    for (int64_t g = 0; g < part.groups; ++g) {
+      VF minus[Unit::kRows];
+      Unrolled<Unit::kRows>([&](auto row) FRAMEQUILT_INLINE {
+        minus[row] =
+            hn::Set(df, params.zeros[g * kPageTokens + t + row] + CodeBase(Unit::Shift(row)));
+      });
+      // The vector across the border of groups is whole: groups are multiples of 16 or all dims.
+      const int64_t end = (g + 1) * part.group;
+      for (int64_t c = g * part.group; c < end; c += kLanes) {
+        Unit unit;
+        unit.Load(low + c, high + c, part.columns);
+        Unrolled<Unit::kRows>([&](auto row) FRAMEQUILT_INLINE {
+          hn::StoreU(unit.template Code<row>(minus[row]), df, out + (t + row) * stride + c);
+        });
+      }
+    }
+  }
+}
+
+// Calls f(integral_constant<bits>) for a part with codes.
+template <class F>
+HWY_INLINE void WithBits(int bits, const F& f) {
+  switch (bits) {
+    case 8:
+      return f(std::integral_constant<int, 8>());
+    case 6:
+      return f(std::integral_constant<int, 6>());
+    case 4:
+      return f(std::integral_constant<int, 4>());
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    default:
+      return f(std::integral_constant<int, 2>());
+  }
+}
+
+// K of `tokens` tokens (a multiple of kLanes; what lies behind the last real one is never used).
+inline Panel ReadK(const KvPart& part, const std::byte* head, const PageParams& params,
+                   int64_t tokens, float* scratch) {
+  const DF df;
+  if (part.bits == 32) return {reinterpret_cast<const float*>(head + part.low), kPageTokens};
+  if (part.bits == 16) {
+    for (int64_t d = 0; d < part.rows; ++d) {
+      for (int64_t t = 0; t < tokens; t += kLanes) {
+        hn::Store(LoadHalves(head + part.low + (d * kPageTokens + t) * 2), df,
+                  scratch + d * kPageTokens + t);
+      }
+    }
+  } else {
+    WithBits(part.bits, [&](auto bits) FRAMEQUILT_INLINE {
+      ReadCodesK<bits>(part, head, params, tokens, scratch);
+    });
+  }
+  return {scratch, kPageTokens};
 }
 
 // V of the first `tokens` tokens with rows of `stride` floats (head_dim rounded up to kLanes).
-inline Panel ReadV(const KvPageLayout& layout, const std::byte* head, int64_t tokens,
-                   int64_t stride, float* scratch) {
+// scratch: 64 rows and kPanelSlack.
+inline Panel ReadV(const KvPart& part, const std::byte* head, const PageParams& params,
+                   int64_t tokens, int64_t stride, float* scratch) {
   const DF df;
-  const std::byte* const v = head + layout.v_offset;
-  const int64_t dims = layout.head_dim;
-  const int bits = layout.format.bits;
-  const Panel panel{scratch, stride};
-  if (bits == 32) {
+  const std::byte* const v = head + part.low;
+  const int64_t dims = part.columns;
+  if (part.bits == 32) {
     if (dims == stride) return {reinterpret_cast<const float*>(v), stride};
     for (int64_t t = 0; t < tokens; ++t) {
       std::memcpy(scratch + t * stride, v + t * dims * 4,
                   static_cast<size_t>(dims) * sizeof(float));
     }
-    return panel;
-  }
-  if (bits == 16) {
+  } else if (part.bits == 16) {
     for (int64_t t = 0; t < tokens; ++t) {
       const std::byte* const row = v + t * dims * 2;
       int64_t i = 0;
@@ -147,21 +239,12 @@ inline Panel ReadV(const KvPageLayout& layout, const std::byte* head, int64_t to
         scratch[t * stride + i] = quant::float_from_half(half);
       }
     }
-    return panel;
+  } else {
+    WithBits(part.bits, [&](auto bits) FRAMEQUILT_INLINE {
+      ReadCodesV<bits>(part, head, params, tokens, stride, scratch);
+    });
   }
-  const auto* const scales = reinterpret_cast<const float*>(head + layout.v_scale_offset);
-  const auto* const zeros = reinterpret_cast<const float*>(head + layout.v_zero_offset);
-  const auto* const codes = reinterpret_cast<const uint8_t*>(v);
-  for (int64_t t = 0; t < tokens; ++t) {
-    const float* const s = scales + t * layout.groups;
-    const float* const z = zeros + t * layout.groups;
-    if (bits == 8) {
-      ReadTokenV<8>(codes + t * dims, s, z, dims, layout.group, scratch + t * stride);
-    } else {
-      ReadTokenV<4>(codes + t * (dims / 2), s, z, dims, layout.group, scratch + t * stride);
-    }
-  }
-  return panel;
+  return {scratch, stride};
 }
 
 #endif

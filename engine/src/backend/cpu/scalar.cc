@@ -48,14 +48,21 @@ void rope(const ops::RopeArgs& args, ThreadPool& pool) {
 }
 
 void kv_append(const ops::KvAppendArgs& args, ThreadPool& pool) {
-  share_rows(args.rows, pool, [&](int64_t begin, int64_t end) {
-    ops::KvAppendArgs part = args;
-    part.k += begin * args.k_stride;
-    part.v += begin * args.v_stride;
-    part.begin += begin;
-    part.rows = end - begin;
-    ops::kv_append_reference(part);
-  });
+  // Tokens of a page may share bytes, eight at most: cut between eights of the page.
+  constexpr int64_t kTogether = 8;
+  if (args.rows == 0) return;
+  const int64_t first = args.begin / kTogether;
+  share_rows((args.begin + args.rows - 1) / kTogether + 1 - first, pool,
+             [&](int64_t begin, int64_t end) {
+               const int64_t from = std::max(args.begin, (first + begin) * kTogether);
+               const int64_t to = std::min(args.begin + args.rows, (first + end) * kTogether);
+               ops::KvAppendArgs part = args;
+               part.k += (from - args.begin) * args.k_stride;
+               part.v += (from - args.begin) * args.v_stride;
+               part.begin = from;
+               part.rows = to - from;
+               ops::kv_append_reference(part);
+             });
 }
 
 void attention(std::span<const ops::AttentionArgs> items, ThreadPool& pool) {

@@ -37,6 +37,7 @@ Kernels simd_kernels(const Target& target) {
   fill_row_kernels(kernels);
   fill_kv_append_kernels(kernels);
   fill_attention_kernels(kernels);
+  fill_encoder_attention_kernels(kernels);
   hwy::GetChosenTarget().DeInit();
   return kernels;
 }
