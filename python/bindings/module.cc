@@ -14,6 +14,7 @@
 #include "framequilt/tokenizer.h"
 #include "src/backend/backend.h"
 #include "src/model/directory.h"
+#include "src/quant/kv_format.h"
 
 namespace py = pybind11;
 
@@ -189,5 +190,26 @@ PYBIND11_MODULE(_framequilt, m) {
 
   m.def("cpu_targets", &fq::backend::cpu_targets,
         "SIMD targets of this build and machine, best first.");
+  m.def(
+      "kv_format_name",
+      [](const std::string& text) {
+        const auto format = fq::quant::parse_kv_format(text);
+        if (!format) raise(format.error());
+        return format->name();
+      },
+      py::arg("text"), "The one name of a KV cache format. Errors: invalid_argument.");
+  m.def(
+      "kv_page_bytes",
+      [](const std::string& text, int kv_heads, int head_dim, int layer, int layers) {
+        const auto format = fq::quant::parse_kv_format(text);
+        if (!format) raise(format.error());
+        const auto layout =
+            fq::quant::KvPageLayout::make(format->of_layer(layer, layers), kv_heads, head_dim);
+        if (!layout) raise(layout.error());
+        return layout->page_bytes;
+      },
+      py::arg("text"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("layer"),
+      py::arg("layers"),
+      "Bytes of a page, 64 tokens of one layer. Errors: invalid_argument, unsupported.");
   m.def("version", [] { return std::string(FRAMEQUILT_VERSION); });
 }

@@ -8,7 +8,16 @@ from __future__ import annotations
 import collections.abc
 import typing
 
-__all__: list[str] = ["Engine", "Model", "Stream", "Tokenizer", "cpu_targets", "version"]
+__all__: list[str] = [
+    "Engine",
+    "Model",
+    "Stream",
+    "Tokenizer",
+    "cpu_targets",
+    "kv_format_name",
+    "kv_page_bytes",
+    "version",
+]
 
 class Model:
     """
@@ -74,6 +83,22 @@ class Tokenizer:
 def cpu_targets() -> list[str]:
     """
     SIMD targets of this build and machine, best first.
+    """
+
+def kv_format_name(text: str) -> str:
+    """
+    The one name of a KV cache format. Errors: invalid_argument.
+    """
+
+def kv_page_bytes(
+    text: str,
+    kv_heads: typing.SupportsInt | typing.SupportsIndex,
+    head_dim: typing.SupportsInt | typing.SupportsIndex,
+    layer: typing.SupportsInt | typing.SupportsIndex,
+    layers: typing.SupportsInt | typing.SupportsIndex,
+) -> int:
+    """
+    Bytes of a page, 64 tokens of one layer. Errors: invalid_argument, unsupported.
     """
 
 def version() -> str: ...

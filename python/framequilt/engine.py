@@ -305,7 +305,8 @@ class Engine:
 
     Args:
         model: a model directory made by `framequilt convert`.
-        kv: format of the KV cache, "kv32", "kv16", "kv8" or "kv4"; None is the model's default.
+        kv: format of the KV cache, such as "kv16", "kv8", "k8v4" or "kv4g32+ends16"
+            (`framequilt.kv_format`); None is the model's default.
         activations: how the inputs of linears are quantized: "a16" (not at all), "a8", "a6" or
             "a4", per token, "-asym" behind them for an asymmetric range; None is what the model
             says. Holds for every linear with quantized weights, the head included.

@@ -130,19 +130,22 @@ struct Heads {
 };
 
 void bench_attention(const backend::Backend& backend, ThreadPool& pool, const Options& options,
-                     const Heads& h, int bits, int64_t rows, int64_t length) {
-  const std::string name = "attention kv" + std::to_string(bits) + " heads " +
+                     const Heads& h, const char* format, int64_t rows, int64_t length) {
+  const std::string name = std::string("attention ") + format + " heads " +
                            std::to_string(h.heads) + "/" + std::to_string(h.kv_heads) + "x" +
                            std::to_string(h.head_dim) + " rows " + std::to_string(rows) +
                            " length " + std::to_string(length);
   if (name.find(options.filter) == std::string::npos) return;
   const quant::KvPageLayout layout =
-      *quant::KvPageLayout::make({.bits = bits}, h.kv_heads, h.head_dim);
+      *quant::KvPageLayout::make(*quant::parse_kv_format(format), h.kv_heads, h.head_dim);
   const int64_t count = (length + quant::kPageTokens - 1) / quant::kPageTokens;
-  AlignedBuffer<std::byte> storage(static_cast<size_t>(count) * layout.page_bytes);
+  const size_t bytes = static_cast<size_t>(count) * layout.page_bytes;
+  // Decoding: the layers of a model, so that pages come from memory.
+  const size_t copies = rows > 1 ? 1 : (size_t{128} << 20) / bytes + 1;
+  AlignedBuffer<std::byte> storage(copies * bytes);
   std::vector<std::byte*> pages;
-  for (int64_t i = 0; i < count; ++i)
-    pages.push_back(storage.data() + static_cast<size_t>(i) * layout.page_bytes);
+  for (size_t i = 0; i < copies * static_cast<size_t>(count); ++i)
+    pages.push_back(storage.data() + i * layout.page_bytes);
   const int64_t kv_width = int64_t{h.kv_heads} * h.head_dim, width = int64_t{h.heads} * h.head_dim;
   const auto k = random_values(static_cast<size_t>(length * kv_width));
   const ops::KvView view{&layout, pages.data(), length};
@@ -154,23 +157,34 @@ void bench_attention(const backend::Backend& backend, ThreadPool& pool, const Op
                                 .begin = 0,
                                 .kv = view},
                                pool);
+  for (size_t i = 1; i < copies; ++i)
+    std::memcpy(storage.data() + i * bytes, storage.data(), bytes);
   const auto q = random_values(static_cast<size_t>(rows * width));
   std::vector<float> out(q.size());
-  const ops::AttentionArgs args{.q = q.data(),
-                                .q_stride = width,
-                                .out = out.data(),
-                                .out_stride = width,
-                                .rows = rows,
-                                .begin = length - rows,
-                                .heads = h.heads,
-                                .scale = 0.1f,
-                                .kv = view};
+  ops::AttentionArgs args{.q = q.data(),
+                          .q_stride = width,
+                          .out = out.data(),
+                          .out_stride = width,
+                          .rows = rows,
+                          .begin = length - rows,
+                          .heads = h.heads,
+                          .scale = 0.1f,
+                          .kv = view};
   const backend::AttentionFn kernel = *backend.attention(layout);
-  const Timing timing = time_calls([&] { kernel({&args, 1}, pool); }, options.seconds);
+  Timing timing = time_calls(
+      [&] {
+        for (size_t i = 0; i < copies; ++i) {
+          args.kv.pages = pages.data() + i * static_cast<size_t>(count);
+          kernel({&args, 1}, pool);
+        }
+      },
+      options.seconds);
+  timing.best /= static_cast<double>(copies);
+  timing.cpu /= static_cast<double>(copies);
   const double pairs = static_cast<double>(rows) *
                        (static_cast<double>(length) - 0.5 * static_cast<double>(rows - 1));
   report(name, options, timing, 4.0 * pairs * static_cast<double>(width),
-         static_cast<double>(count) * static_cast<double>(layout.page_bytes));
+         static_cast<double>(bytes));
 }
 
 void bench_encoder(const backend::Backend& backend, ThreadPool& pool, const Options& options) {
@@ -256,10 +270,10 @@ int run(const Options& options) {
       }
     }
   }
-  for (const Heads& heads : {Heads{14, 2, 64}, Heads{28, 4, 128}}) {
-    for (const int bits : {32, 16, 8, 4}) {
-      bench_attention(**backend, pool, shown, heads, bits, 1, 4096);
-      bench_attention(**backend, pool, shown, heads, bits, 512, 2048);
+  for (const Heads& heads : {Heads{14, 2, 64}, Heads{28, 4, 128}, Heads{8, 8, 64}}) {
+    for (const char* format : {"kv32", "kv16", "kv8", "kv6", "kv4", "k8v4", "kv3", "kv2"}) {
+      bench_attention(**backend, pool, shown, heads, format, 1, 4096);
+      bench_attention(**backend, pool, shown, heads, format, 512, 2048);
     }
   }
   bench_encoder(**backend, pool, shown);

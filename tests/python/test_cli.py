@@ -370,8 +370,11 @@ def test_doctor_self_test_names_what_is_wrong(monkeypatch):
 def test_kv_bytes_follow_the_page_layout():
     inspect = importlib.import_module("framequilt.cli.inspect")
     config = {"decoder": {"layers": 3, "attention": {"kv_heads": 2, "head_dim": 192}}}
-    # Codes of K and V, and for each of two groups a scale and a zero of K and of V in float32.
+    # Codes of K and V; scale (half) and zero (byte) of each: 128 does not divide 192, one group.
     assert inspect.kv_bytes_per_token(config, "kv32") == 3 * 2 * 2 * 192 * 4
     assert inspect.kv_bytes_per_token(config, "kv16") == 3 * 2 * 2 * 192 * 2
-    assert inspect.kv_bytes_per_token(config, "kv8") == 3 * 2 * (2 * 192 + 2 * 16)
-    assert inspect.kv_bytes_per_token(config, "kv4") == 3 * 2 * (192 + 2 * 16)
+    assert inspect.kv_bytes_per_token(config, "kv8") == 3 * 2 * (2 * 192 + 2 * 3)
+    assert inspect.kv_bytes_per_token(config, "kv4") == 3 * 2 * (192 + 2 * 3)
+    assert inspect.kv_bytes_per_token(config, "k8v2g64") == 3 * 2 * (192 * 10 / 8 + 2 * 3 * 3)
+    ends, inner = 2 * 2 * 192 * 2, 2 * 192 * 3 / 8 + 2 * 3
+    assert inspect.kv_bytes_per_token(config, "kv3+ends16") == 2 * (2 * ends / 2 + inner)

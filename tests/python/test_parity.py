@@ -250,11 +250,14 @@ def test_quantized_kv_gets_closer_with_more_bits(tmp_path: Path) -> None:
     prompt = [int(i) for i in np.random.default_rng(5).integers(5, 131, 80)]
     exact, noise = both(model, input_ids=torch.tensor([prompt]))
     error = {}
-    for kv in ("kv32", "kv16", "kv8", "kv4"):
+    for kv in ("kv32", "kv16", "kv8", "kv6", "kv4", "kv3", "kv2", "kv32+rotate"):
         ours = NativeEngine(tmp_path / "model", kv=kv).run(prompt, return_prompt_logits=True)
         error[kv] = float(np.sqrt(np.mean((ours.prompt_logits - exact) ** 2)))
     assert error["kv32"] <= SLACK * noise
-    # Half has 11 significant bits, 8 and 4 bit codes 255 and 15 steps over a group: the
-    # order is theirs, and each step of formats is more than a factor of 2 apart.
+    assert error["kv32+rotate"] <= SLACK * noise
+    # Half has 11 significant bits, b bit codes 2^b - 1 steps over a group: the order is theirs,
+    # and formats of twice the bits are more than a factor of 2 apart.
     assert error["kv32"] * 2 < error["kv16"] and error["kv16"] * 2 < error["kv8"]
+    assert error["kv8"] < error["kv6"] < error["kv4"] < error["kv3"] < error["kv2"]
     assert error["kv8"] * 2 < error["kv4"] < float(np.sqrt(np.mean(exact**2)))
+    assert error["kv4"] * 2 < error["kv2"]

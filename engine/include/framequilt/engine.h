@@ -15,7 +15,8 @@
 namespace fq {
 
 struct EngineOptions {
-  std::string kv = "";  // "kv32" | "kv16" | "kv8" | "kv4"; "": the model directory's default
+  // "kv16", "kv8", "k8v4", "kv4g32+ends16", ... (CONTRACT, section 2); "": the model's default.
+  std::string kv = "";
   // How inputs of linears are quantized: "a16" (not at all), "a8", "a4", "a8-asym", ...; "": as the
   // model says. Holds for every linear with affine weights, the head included.
   std::string activations = "";
@@ -36,8 +37,8 @@ struct EngineOptions {
 struct MemoryPlan {
   uint64_t weight_bytes = 0;
   uint64_t workspace_bytes = 0;
-  uint64_t kv_bytes = 0;  // pool size
-  uint64_t page_bytes = 0;
+  uint64_t kv_bytes = 0;    // pool size
+  uint64_t page_bytes = 0;  // of a layer; with "+ends16" of those between the first and the last
   int64_t pages = 0;
   int64_t tokens = 0;  // tokens of one unreduced sequence that the pool can hold
 };

@@ -100,8 +100,7 @@ std::optional<Event> Stream::next_for(double seconds) {
     return std::nullopt;
   }
   if (impl_->events.empty()) return std::nullopt;
-  Event event = std::move(impl_->events.front());
-  impl_->events.pop_front();
+  Event event = impl_->events.pop();
   impl_->finish_taken = event.finish != FinishReason::kNone;
   return event;
 }

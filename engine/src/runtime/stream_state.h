@@ -3,11 +3,11 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <deque>
 #include <memory>
 #include <mutex>
 
 #include "framequilt/engine.h"
+#include "src/core/ring_queue.h"
 
 namespace fq {
 
@@ -20,7 +20,7 @@ struct Stream::Impl {
       std::lock_guard lock(mutex);
       if (finish_pushed) return;
       finish_pushed = event.finish != FinishReason::kNone;
-      events.push_back(std::move(event));
+      events.push(std::move(event));
     }
     changed.notify_all();
   }
@@ -31,7 +31,7 @@ struct Stream::Impl {
 
   std::mutex mutex;
   std::condition_variable changed;
-  std::deque<Event> events;    // guarded by mutex
+  RingQueue<Event> events{4};  // guarded by mutex; a consumer that keeps up makes it never grow
   bool finish_pushed = false;  // guarded by mutex
   bool finish_taken = false;   // guarded by mutex
 };

@@ -23,7 +23,7 @@ R = TypeVar("R")
 ModelArgument = Annotated[str, typer.Argument(help="Model directory made by convert.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 KvOption = Annotated[
-    str | None, typer.Option("--kv", help="KV cache format: kv32, kv16, kv8 or kv4.")
+    str | None, typer.Option("--kv", help="KV cache format: kv16, kv8, k8v4, kv4g32+ends16, ...")
 ]
 ActivationsOption = Annotated[
     str | None,

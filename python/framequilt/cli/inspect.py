@@ -13,20 +13,18 @@ from rich.table import Table
 from framequilt.cli import common
 from framequilt.cli.common import guarded, human_bytes, out, pairs, print_json
 from framequilt.errors import FramequiltError
+from framequilt.kv_format import parse_kv_format
 
-_KV_BITS = {"kv32": 32, "kv16": 16, "kv8": 8, "kv4": 4}
+# Shown beside the model's default.
+_KV_FORMATS = ("kv16", "kv8", "kv4", "kv2")
 
 
 def kv_bytes_per_token(config: Mapping[str, Any], kv: str) -> float:
     """Bytes of KV cache per token over all layers; scales and zeros included."""
-    decoder = config["decoder"]
-    attention = decoder["attention"]
-    head_dim, bits = attention["head_dim"], _KV_BITS[kv]
-    head = 2 * head_dim * bits / 8
-    if bits <= 8:
-        groups = -(-head_dim // min(128, head_dim))
-        head += 4 * groups * 4  # scale and zero of K and V, float32
-    return float(decoder["layers"] * attention["kv_heads"] * head)
+    layers, attention = config["decoder"]["layers"], config["decoder"]["attention"]
+    formats = [parse_kv_format(kv).of_layer(layer, layers) for layer in range(layers)]
+    head = sum(f.bytes_per_token(attention["head_dim"]) for f in formats)
+    return float(attention["kv_heads"] * head)
 
 
 def describe(path: str, *, verify: bool) -> dict[str, Any]:
@@ -56,6 +54,8 @@ def describe(path: str, *, verify: bool) -> dict[str, Any]:
     stored = sum(row["bytes"] for row in table.values())
     listed = {entry["name"] for entry in config["files"]} | {"config.json"}
     others = sorted(p.name for p in Path(path).iterdir() if p.name not in listed)
+    default = parse_kv_format(config["defaults"]["kv"]).name
+    shown = dict.fromkeys((*_KV_FORMATS, default))
     return {
         "path": str(directory.path),
         "name": config["name"],
@@ -74,7 +74,7 @@ def describe(path: str, *, verify: bool) -> dict[str, Any]:
         "files": config["files"],
         "other_files": others,
         "verified": verify,
-        "kv_bytes_per_token": {kv: kv_bytes_per_token(config, kv) for kv in _KV_BITS},
+        "kv_bytes_per_token": {kv: kv_bytes_per_token(config, kv) for kv in shown},
     }
 
 
@@ -120,7 +120,7 @@ def _show(record: Mapping[str, Any], plan: Mapping[str, Any] | None, refusal: st
     bits = f"{record['effective_bits']:.2f} bits each"
     rows.append(("weights", f"{record['weights']}: {record['parameters']:,}, {bits}"))
     rows.append(("activations", record["activations"]))
-    default = record["defaults"]["kv"]
+    default = parse_kv_format(record["defaults"]["kv"]).name
     per_token = ", ".join(
         f"{kv} {human_bytes(size)}{' (default)' if kv == default else ''}"
         for kv, size in record["kv_bytes_per_token"].items()

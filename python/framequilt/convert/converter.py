@@ -28,6 +28,7 @@ from framequilt.convert.sources import Source, SourceTensor, open_source
 from framequilt.convert.spec import check_limits, slots
 from framequilt.convert.tokens import read_tokens
 from framequilt.errors import Cancelled, CorruptModel, InvalidArgument
+from framequilt.kv_format import parse_kv_format
 from framequilt.model_directory import DEFAULT_SHARD_BYTES, DirectoryWriter
 from framequilt.quantize import (
     ActivationScheme,
@@ -42,7 +43,6 @@ from framequilt.quantize.formats import ROW_PADDING, TILE_ROWS
 from framequilt.quantize.rtn import RANGES, Range
 from framequilt.quantize.schemes import DEFAULT_WEIGHTS, KEEP, number_layers
 
-KV_FORMATS = ("kv32", "kv16", "kv8", "kv4")
 _PIECE_VALUES = 4 * 2**20  # weights per piece: 16 MiB in float32, a few times that with temporaries
 
 
@@ -84,9 +84,7 @@ def convert(
     began = time.monotonic()
     chosen = None if preset is None else presets.find(preset)
     wish = _wish(chosen, weights, activations, overrides)
-    kv = kv or (chosen.kv if chosen else "kv8")
-    if kv not in KV_FORMATS:
-        raise InvalidArgument(f"{kv!r} is no KV format", f"known: {', '.join(KV_FORMATS)}")
+    kv = parse_kv_format(kv or (chosen.kv if chosen else "kv8")).name
     if range_ not in RANGES:
         raise InvalidArgument(f"unknown range {range_!r}", f"known: {', '.join(RANGES)}")
     target = Path(os.path.abspath(destination))

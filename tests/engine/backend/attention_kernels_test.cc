@@ -11,7 +11,8 @@ namespace {
 using quant::KvPageLayout;
 
 struct Shape {
-  int heads, kv_heads, head_dim, bits, group;
+  int heads, kv_heads, head_dim;
+  const char* format;
 };
 
 struct Case {
@@ -21,23 +22,32 @@ struct Case {
 
 std::string case_name(const testing::TestParamInfo<Case>& info) {
   const Shape& s = info.param.shape;
-  return info.param.target + "_h" + std::to_string(s.heads) + "kv" + std::to_string(s.kv_heads) +
-         "d" + std::to_string(s.head_dim) + "b" + std::to_string(s.bits) + "g" +
-         std::to_string(s.group);
+  std::string name = info.param.target + "_h" + std::to_string(s.heads) + "kv" +
+                     std::to_string(s.kv_heads) + "d" + std::to_string(s.head_dim) + s.format;
+  std::replace(name.begin(), name.end(), '+', '_');
+  return name;
 }
 
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const std::string& target : simd_target_names()) {
-    for (const int bits : {32, 16, 8, 4}) {
-      all.push_back({target, {4, 2, 32, bits, 0}});
-      all.push_back({target, {3, 3, 24, bits, 0}});
-      all.push_back({target, {7, 1, 64, bits, 32}});
-      all.push_back({target, {2, 1, 72, bits, 0}});
-      all.push_back({target, {2, 2, 80, bits, 16}});
-      all.push_back({target, {8, 1, 128, bits, 64}});
-      all.push_back({target, {1, 1, 6, bits, 0}});
+    for (const char* format : {"kv32", "kv16", "kv8", "kv6", "kv4", "kv3", "kv2", "k8v4"}) {
+      all.push_back({target, {4, 2, 32, format}});
+      all.push_back({target, {7, 1, 64, format}});
+      all.push_back({target, {1, 1, 7, format}});
     }
+    for (const char* format : {"kv16", "kv8", "kv3"}) {
+      all.push_back({target, {3, 3, 24, format}});
+      all.push_back({target, {2, 1, 72, format}});
+      all.push_back({target, {6, 1, 96, format}});
+    }
+    for (const char* format : {"kv8g16", "k6v2g16", "k4v3g16", "k16v2g16", "k3v32g16"}) {
+      all.push_back({target, {2, 2, 80, format}});
+      all.push_back({target, {5, 1, 64, format}});
+    }
+    all.push_back({target, {8, 1, 128, "kv4g64"}});
+    all.push_back({target, {9, 1, 256, "kv6"}});
+    all.push_back({target, {3, 1, 64, "kv4+scale32"}});
   }
   return all;
 }
@@ -51,7 +61,7 @@ struct Cache {
   int64_t length;
 
   Cache(const Shape& s, int64_t tokens, uint32_t seed) : length(tokens) {
-    auto made = KvPageLayout::make({.bits = s.bits, .group = s.group}, s.kv_heads, s.head_dim);
+    auto made = KvPageLayout::make(*quant::parse_kv_format(s.format), s.kv_heads, s.head_dim);
     EXPECT_TRUE(made);
     layout = *made;
     const size_t width = static_cast<size_t>(s.kv_heads * s.head_dim);
@@ -118,8 +128,9 @@ double most_of(const std::vector<float>& values) {
 }
 
 TEST_P(AttentionKernels, EqualTheReferenceAroundPageBorders) {
-  const std::pair<int64_t, int64_t> spans[] = {{0, 1},  {0, 5},  {0, 64},  {0, 65},  {60, 9},
-                                               {63, 1}, {64, 1}, {127, 2}, {50, 130}};
+  const std::pair<int64_t, int64_t> spans[] = {{0, 1},   {0, 5},   {0, 65},  {60, 9},
+                                               {63, 1},  {64, 1},  {127, 2}, {50, 130},
+                                               {511, 1}, {510, 4}, {530, 1}, {1030, 1}};
   for (const auto& [begin, rows] : spans) {
     SCOPED_TRACE(testing::Message() << "begin " << begin << " rows " << rows);
     Cache cache(shape(), begin + rows, 11);
@@ -188,14 +199,47 @@ TEST_P(AttentionKernels, ValueOfARowDoesNotDependOnTheTile) {
   }
   ASSERT_EQ(done, rows);
   EXPECT_SAME_BITS(pieces, together);
-  // More threads than tiles: heads are dealt out too.
-  ThreadPool many(9);
-  args.rows = 1;
-  std::vector<float> dealt(static_cast<size_t>(width()));
-  args.out = dealt.data();
-  kernel({&args, 1}, many);
-  together.resize(dealt.size());
-  EXPECT_SAME_BITS(dealt, together);
+}
+
+TEST_P(AttentionKernels, ThreadsShareTheChunksOfASequenceWithoutAChange) {
+  // 2100 tokens are five chunks; three rows at once, as one sequence's and beside a short one.
+  const int64_t rows = 3, begin = 2097;
+  Cache cache(shape(), begin + rows, 61);
+  cache.fill();
+  Cache other(shape(), 5, 63);
+  other.fill();
+  const auto q = normal_values(static_cast<size_t>(rows * width()), 62);
+  const AttentionFn kernel = *backend_->attention(cache.layout);
+  const auto run = [&](int threads, int64_t first, int64_t count, bool neighbour) {
+    ThreadPool pool(threads);
+    std::vector<float> out(static_cast<size_t>(count * width()));
+    std::vector<float> aside(static_cast<size_t>(width()));
+    ops::AttentionArgs args{.q = q.data() + first * width(),
+                            .q_stride = width(),
+                            .out = out.data(),
+                            .out_stride = width(),
+                            .rows = count,
+                            .begin = begin + first,
+                            .heads = shape().heads,
+                            .scale = scale(),
+                            .kv = cache.view()};
+    ops::AttentionArgs near = args;
+    near.out = aside.data();
+    near.rows = 1;
+    near.begin = 4;
+    near.kv = other.view();
+    const ops::AttentionArgs both[] = {near, args};
+    kernel(neighbour ? std::span(both) : std::span<const ops::AttentionArgs>(&args, 1), pool);
+    return out;
+  };
+  const std::vector<float> alone = run(1, 0, rows, false);
+  for (const int threads : {2, 3, 9}) {
+    EXPECT_SAME_BITS(run(threads, 0, rows, false), alone);
+    EXPECT_SAME_BITS(run(threads, 0, rows, true), alone);
+  }
+  const std::vector<float> last(alone.end() - width(), alone.end());
+  EXPECT_SAME_BITS(run(1, rows - 1, 1, false), last);
+  EXPECT_SAME_BITS(run(9, rows - 1, 1, true), last);
 }
 
 TEST_P(AttentionKernels, ImportanceEqualsTheReference) {
@@ -248,7 +292,7 @@ TEST_P(AttentionKernels, AppendWritesTheBytesOfTheReference) {
 }
 
 TEST_P(AttentionKernels, EncoderAttentionEqualsTheReference) {
-  if (shape().bits != 32) return;  // no pages in it: one format is enough
+  if (std::string_view(shape().format) != "kv32") return;  // no pages in it: one is enough
   for (const int64_t tokens : {1, 16, 63, 64, 100, 195}) {
     SCOPED_TRACE(tokens);
     const int64_t blocks = 2, stride = width() + 3;

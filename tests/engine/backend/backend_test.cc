@@ -52,8 +52,8 @@ TEST(CpuBackend, UnsupportedFormatsAreRefusedByName) {
   const auto inputs = backend->linear({.kind = model::WeightFormat::Kind::kBF16}, {.bits = 8});
   ASSERT_FALSE(inputs);
   EXPECT_EQ(inputs.error().code, Code::kUnsupported);
-  quant::KvPageLayout layout = *quant::KvPageLayout::make({.bits = 8}, 1, 64);
-  layout.format.bits = 5;
+  quant::KvPageLayout layout = *quant::KvPageLayout::make({.k_bits = 8, .v_bits = 4}, 1, 64);
+  layout.v.bits = 5;
   EXPECT_EQ(backend->attention(layout).error().code, Code::kUnsupported);
   EXPECT_EQ(backend->kv_append(layout).error().code, Code::kUnsupported);
   EXPECT_EQ(backend->importance(layout).error().code, Code::kUnsupported);

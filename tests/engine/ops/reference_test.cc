@@ -128,15 +128,15 @@ TEST(RopeReference, RotatesPairsAndKeepsTheRest) {
   }
 }
 
-// Pages of kv32 around given keys and values [tokens, kv_heads * head_dim].
+// Pages around given keys and values [tokens, kv_heads * head_dim].
 struct Pages {
   quant::KvPageLayout layout;
   std::vector<AlignedBuffer<std::byte>> storage;
   std::vector<std::byte*> pages;
 
   Pages(const std::vector<float>& k, const std::vector<float>& v, int kv_heads, int head_dim,
-        int bits)
-      : layout(*quant::KvPageLayout::make({.bits = bits}, kv_heads, head_dim)) {
+        const char* format)
+      : layout(*quant::KvPageLayout::make(*quant::parse_kv_format(format), kv_heads, head_dim)) {
     const int64_t width = int64_t{kv_heads} * head_dim;
     const int64_t tokens = static_cast<int64_t>(k.size()) / width;
     for (int64_t i = 0; i < tokens; i += quant::kPageTokens) {
@@ -179,12 +179,12 @@ std::vector<double> exact_attention(const Pages& pages, const float* q, int kv_h
 }
 
 TEST(AttentionReference, EqualsSoftmaxInDoublePrecision) {
-  const int heads = 4, kv_heads = 2, dims = 16;
-  const int64_t tokens = 200, rows = 70;
-  for (const int bits : {32, 16, 8, 4}) {
+  const int heads = 4, kv_heads = 2, dims = 32;
+  const int64_t tokens = 600, rows = 130;  // over the border of two chunks
+  for (const char* format : {"kv32", "kv16", "kv8", "k6v4", "k3v2g16"}) {
     const auto k = normal_values(static_cast<size_t>(tokens * kv_heads * dims), 8);
     const auto v = normal_values(k.size(), 9);
-    const Pages pages(k, v, kv_heads, dims, bits);
+    const Pages pages(k, v, kv_heads, dims, format);
     const auto q = normal_values(static_cast<size_t>(rows * heads * dims), 10);
     std::vector<float> out(q.size());
     const float scale = 0.25f;
@@ -202,8 +202,8 @@ TEST(AttentionReference, EqualsSoftmaxInDoublePrecision) {
         const size_t at = static_cast<size_t>((row * heads + head) * dims);
         const auto want =
             exact_attention(pages, q.data() + at, head / 2, tokens - rows + row + 1, scale);
-        // Scores up to 16 err by 17 roundings each, exp turns that into 300 units; the mean of
-        // values below 5 keeps it.
+        // Scores up to 16 err by 34 roundings each, exp turns that into 544 units (random signs:
+        // far fewer); the mean of values below 5 keeps it.
         for (size_t d = 0; d < static_cast<size_t>(dims); ++d)
           ASSERT_NEAR(out[at + d], want[d], 5 * 600 * kUnit);
       }
@@ -213,7 +213,7 @@ TEST(AttentionReference, EqualsSoftmaxInDoublePrecision) {
 
 TEST(AttentionReference, LargeScoresDoNotOverflow) {
   const std::vector<float> k = {1000.0f, -1000.0f, 999.0f}, v = {1.0f, 2.0f, 4.0f};
-  const Pages pages(k, v, 1, 1, 32);
+  const Pages pages(k, v, 1, 1, "kv32");
   const std::vector<float> q = {100.0f};
   float out = 0;
   attention_reference({.q = q.data(),
@@ -245,7 +245,7 @@ TEST(EncoderAttentionReference, BlocksDoNotSeeEachOther) {
                             .scale = 0.3f};
   encoder_attention_reference(args);
   const std::vector<float> k(x.begin(), x.begin() + tokens * stride);
-  const Pages pages(k, k, heads, dims, 32);
+  const Pages pages(k, k, heads, dims, "kv32");
   for (int64_t row = 0; row < tokens; ++row) {
     for (int head = 0; head < heads; ++head) {
       const size_t at = static_cast<size_t>((row * heads + head) * dims);
@@ -280,7 +280,7 @@ TEST(ImportanceReference, EqualsTheGoldenMeans) {
           q.push_back(golden.floats(prefix + ".q")[(h * tokens + t) * dims + d]);
       }
     }
-    const Pages pages(k, k, kv_heads, dims, 32);
+    const Pages pages(k, k, kv_heads, dims, "kv32");
     std::vector<float> out(tokens);
     importance_reference({.q = q.data(),
                           .q_stride = heads * dims,

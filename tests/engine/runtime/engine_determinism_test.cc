@@ -22,7 +22,7 @@ TEST_F(EngineDeterminism, AnswersDoNotDependOnPagesChunksThreadsOrNeighbours) {
   const auto requests =
       mixed_requests([&](int n, uint32_t s) { return text_request(n, s); },
                      [&](int f, uint32_t s, bool r) { return video_request(f, s, r); });
-  for (const char* kv : {"kv32", "kv16", "kv8", "kv4"}) {
+  for (const char* kv : {"kv32", "kv16", "kv8", "k8v4", "kv3g16", "kv2+rotate", "kv6+ends16"}) {
     SCOPED_TRACE(kv);
     EngineOptions base = manual();
     base.kv = kv;

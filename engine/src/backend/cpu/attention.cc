@@ -254,8 +254,9 @@ void AttendInChunks(std::span<const ops::AttentionArgs> list, int64_t tiles,
   const int64_t state_floats = SoftmaxState::Floats(most_rows, stride);
   static thread_local AlignedBuffer<float> memory;  // of the caller: totals, then states
   memory.reserve(static_cast<size_t>((6 * pool.threads() + 2) * state_floats));
+  float* const states = memory.data();  // workers would see a `memory` of their own
   const auto state_at = [&](int64_t index, const Tile& tile) {
-    return SoftmaxState(memory.data() + index * state_floats, tile.rows, tile.out_stride());
+    return SoftmaxState(states + index * state_floats, tile.rows, tile.out_stride());
   };
   for (int64_t begin = 0; begin < most_chunks; begin += per_round) {
     pool.parallel_for(tiles * per_round, [&](int64_t item, int thread) {

@@ -82,7 +82,16 @@ class CpuBackend : public Backend {
         "it has head dimensions up to " + std::to_string(cpu::kMaxHeadDim)};
   }
 
-  Status check(const quant::KvPageLayout& layout) const { return check_head_dim(layout.head_dim); }
+  Status check(const quant::KvPageLayout& layout) const {
+    for (const int bits : {layout.k.bits, layout.v.bits}) {
+      if (bits == 32 || bits == 16 || bits == 8 || bits == 6 || (bits >= 2 && bits <= 4)) continue;
+      return Error{
+          Code::kUnsupported,
+          "backend '" + name() + "' has no attention over " + std::to_string(bits) + "-bit pages",
+          "it has 32, 16, 8, 6, 4, 3 and 2 bits"};
+    }
+    return check_head_dim(layout.head_dim);
+  }
 
   std::string target_;
   cpu::Kernels kernels_;
