@@ -62,7 +62,7 @@ struct Bench {
   void attention(int bits, int64_t rows, int64_t length, bool append) {
     const int heads = 14, kv_heads = 2, head_dim = 64;
     const quant::KvPageLayout layout =
-        *quant::KvPageLayout::make({.bits = bits}, kv_heads, head_dim);
+        *quant::KvPageLayout::make({.k_bits = bits, .v_bits = bits}, kv_heads, head_dim);
     const int64_t count = (length + quant::kPageTokens - 1) / quant::kPageTokens;
     AlignedBuffer<std::byte> storage(static_cast<size_t>(count) * layout.page_bytes);
     std::vector<std::byte*> pages;

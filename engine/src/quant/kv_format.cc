@@ -109,8 +109,9 @@ Element element(const KvPart& part, int row, int column) {
   return e;
 }
 
-void put_bits(std::byte* at, int shift, int bits, int value) {
-  const int mask = ((1 << bits) - 1) << shift;
+// `alone`: no other token has bits in this byte, so that the first of its rows clears the padding.
+void put_bits(std::byte* at, int shift, int bits, int value, bool alone) {
+  const int mask = alone && shift == 0 ? 0xFF : ((1 << bits) - 1) << shift;
   *at = static_cast<std::byte>((static_cast<int>(*at) & ~mask) | (value << shift));
 }
 
@@ -133,6 +134,7 @@ Cell cell(const KvPageLayout& layout, const KvPart& part, int dim, int slot) {
 void write_part(const KvPageLayout& layout, const KvPart& part, std::byte* head, int slot,
                 const float* x) {
   const KvPlanes planes = kv_planes(part.bits);
+  const bool is_k = &part == &layout.k;
   for (int g = 0; g < part.groups; ++g) {
     const int begin = g * part.group;
     AffineParams p{1.0f, 0.0f};
@@ -157,8 +159,9 @@ void write_part(const KvPageLayout& layout, const KvPart& part, std::byte* head,
       } else {
         const int code = affine_code(x[dim], p, part.bits);
         const Element e = element(part, row, column);
-        put_bits(head + e.low, e.low_shift, planes.low, code & ((1 << planes.low) - 1));
-        if (planes.high > 0) put_bits(head + e.high, e.high_shift, planes.high, code >> planes.low);
+        put_bits(head + e.low, e.low_shift, planes.low, code & ((1 << planes.low) - 1), is_k);
+        if (planes.high > 0)
+          put_bits(head + e.high, e.high_shift, planes.high, code >> planes.low, is_k);
       }
     }
   }
