@@ -80,12 +80,11 @@ def parse_kv_format(text: str) -> KvFormat:
         k, v = match["both"] or match["k"], match["both"] or match["v"]
         options = match["options"].split("+")[1:]
         bits = {str(b): b for b in BITS}
-        groups = {None: 0, **{str(g): g for g in GROUPS}}
-        known = k in bits and v in bits and match["group"] in groups
+        groups = {str(g): g for g in GROUPS}
+        known = k in bits and v in bits and (match["group"] is None or match["group"] in groups)
         if known and set(options) <= set(_OPTIONS) and len(set(options)) == len(options):
-            found = KvFormat(
-                bits[k], bits[v], groups[match["group"]], **dict.fromkeys(options, True)
-            )
+            group = groups.get(match["group"] or "", 0)
+            found = KvFormat(bits[k], bits[v], group, **dict.fromkeys(options, True))
             codes = min(found.k_bits, found.v_bits) <= 8
             if codes or not (found.group or found.ends16 or found.scale32):
                 return found

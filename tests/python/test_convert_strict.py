@@ -218,7 +218,7 @@ def test_tokenizers_larger_than_the_embedding_are_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "options", [{"weights": "w7"}, {"kv": "kv2"}, {"range_": "all"}, {"overrides": {"*": "x"}}]
+    "options", [{"weights": "w7"}, {"kv": "kv7"}, {"range_": "all"}, {"overrides": {"*": "x"}}]
 )
 def test_unknown_options_are_refused(case: Callable[[str], Case], options: Any) -> None:
     case("llama").refuses(InvalidArgument, **options)

@@ -227,7 +227,7 @@ def test_closing_ends_what_runs(text_model):
     "options,kind",
     [
         ({"memory": "1KiB"}, errors.FramequiltError),
-        ({"kv": "kv3"}, errors.InvalidArgument),
+        ({"kv": "kv5"}, errors.InvalidArgument),
         ({"simd": "MMX"}, errors.FramequiltError),
         ({"memory": "much"}, errors.InvalidArgument),
     ],
