@@ -55,8 +55,8 @@ class KvFormat:
         inner = replace(self, ends16=False)
         if layer not in (0, layers - 1):
             return inner
-        bits = {"k_bits": max(self.k_bits, 16), "v_bits": max(self.v_bits, 16)}
-        return replace(inner, **bits, group=0, scale32=False)
+        k, v = max(self.k_bits, 16), max(self.v_bits, 16)
+        return replace(inner, k_bits=k, v_bits=v, group=0, scale32=False)
 
     def bytes_per_token(self, head_dim: int) -> float:
         """Bytes of K and V of one head of one token of one layer, scales and zeros included.
