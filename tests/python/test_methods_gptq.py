@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -87,13 +90,13 @@ def test_offsets_are_solved_too() -> None:
     w, x = problem(16, 48, 300)
     moments = gptq.Moments(48)
     moments.add(x)
-    form = parse_format("w3g16-offset")
+    form, h = parse_format("w3g16-offset"), moments.matrix()
     for act_order in (False, True):
-        solved = gptq.solve(w, moments.matrix(), form, act_order=act_order)
+        solved = gptq.solve(w, h, form, act_order=act_order)
         assert solved.quantized.offsets is not None
         assert np.array_equal(dequantize(solved.quantized), solved.values.numpy())
-        plain = gptq.output_error(w, fake_quantize(w, form), moments.matrix())
-        assert gptq.output_error(w, solved.values, moments.matrix()) < plain
+        plain = gptq.output_error(w, fake_quantize(w, form), h)
+        assert gptq.output_error(w, solved.values, h) < plain
 
 
 @pytest.mark.parametrize("name", ["w4g32", "w3g32", "w2g32", "w8g32"])
@@ -126,10 +129,11 @@ def test_too_few_rows_are_solved_with_more_damping_and_said_so() -> None:
     w, x = problem(8, 64, 5)  # rank 5 of 64
     moments = gptq.Moments(64)
     moments.add(x)
-    solved = gptq.solve(w, moments.matrix(), parse_format("w4g16"))
+    h = moments.matrix()
+    solved = gptq.solve(w, h, parse_format("w4g16"))
     assert (solved.damping, solved.double) == (gptq.DAMPING, False)
     # No positive matrix whatever its rounding: float32 fails, float64 fails, damping grows.
-    broken = moments.matrix() - 0.05 * moments.matrix().diagonal().mean() * torch.eye(64)
+    broken = h - 0.05 * h.diagonal().mean() * torch.eye(64)
     _, damping, double = gptq.inverse_factor(broken, gptq.DAMPING)
     assert double and damping == pytest.approx(0.1)
     with pytest.raises(InvalidArgument, match="positive definite"):
@@ -156,3 +160,30 @@ def test_the_torch_quantizer_is_the_numpy_quantizer(name: str) -> None:
     assert (coded.offsets is None) == (expected.offsets is None)
     assert np.array_equal(dequantize(coded), dequantize(expected))
     assert np.array_equal(fake_quantize(torch.from_numpy(w), form).numpy(), dequantize(expected))
+
+
+MEMORY = """
+import resource, torch
+from framequilt.quantize import parse_format
+from framequilt.quantize.methods import gptq
+inputs = {inputs}
+w, form = torch.randn(8, inputs), parse_format("w4g128")
+gptq.solve(w[:, :64].clone(), torch.eye(64), form)  # what torch itself needs
+moments = gptq.Moments(inputs)
+moments.add(torch.randn(256, inputs))
+h = moments.matrix()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+gptq.solve(w, h, form)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / h.nbytes)
+"""
+
+
+@pytest.mark.slow
+def test_solving_takes_a_few_matrices() -> None:
+    """What bounds a large model: at 18944 inputs a matrix takes 1.4 GB.
+
+    Besides h: the permuted copy, the inverse, its factor, and one temporary of either.
+    """
+    code = MEMORY.format(inputs=2560)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 4.5

@@ -44,10 +44,15 @@ class Moments:
         self.rows += len(x)
 
     def matrix(self) -> Tensor:
-        """H. Errors: InvalidArgument when there were no rows."""
+        """H; the sums become it, so that there is one matrix only, and no more rows can be added.
+
+        Errors: InvalidArgument when there were no rows.
+        """
         if not self.rows:
             raise InvalidArgument("no calibration rows were seen")
-        return self._sum * (2.0 / self.rows)
+        h = self._sum.mul_(2.0 / self.rows)
+        self._sum, self.rows = torch.empty(0), 0
+        return h
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,18 @@ class Solved:
 
 
 def inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, float, bool]:
-    """The upper Cholesky factor of (H + damping)^-1, float32; the damping it took, in which
-    precision. Errors: InvalidArgument for a matrix that no damping makes positive definite."""
-    mean = float(h.diagonal().mean())
+    """The upper Cholesky factor of (H + damping)^-1, float32; the damping it took, and whether
+    float64 was needed. The diagonal of h is overwritten.
+
+    Errors: InvalidArgument for a matrix that no damping makes positive definite.
+    """
+    diagonal = h.diagonal().clone()
+    mean = float(diagonal.mean())
     double = False
     for _ in range(_TRIES):
-        work = h.double() if double else h.clone()
-        work.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(work)
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed) and bool(torch.isfinite(upper).all()):
-                return upper.float(), damping, double
+        upper = _factor(h.double() if double else h, diagonal, damping * mean)
+        if upper is not None:
+            return upper.float(), damping, double
         if double:
             damping *= _MORE
         double = True
@@ -81,6 +86,19 @@ def inverse_factor(h: Tensor, damping: float) -> tuple[Tensor, float, bool]:
         f"the second moments of {len(h)} inputs are not positive definite",
         "the calibration rows hold values that are not finite, or too few",
     )
+
+
+def _factor(h: Tensor, diagonal: Tensor, more: float) -> Tensor | None:
+    """The upper Cholesky factor of the inverse of h with the diagonal `diagonal` + `more`."""
+    h.diagonal().copy_(diagonal).add_(more)
+    lower, failed = torch.linalg.cholesky_ex(h)
+    if int(failed):
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower  # at 18944 inputs each of these is 1.4 GB
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    good = not int(failed) and bool(torch.isfinite(upper.diagonal()).all())
+    return upper if good else None
 
 
 def solve(
@@ -99,17 +117,19 @@ def solve(
     """
     inputs = w.shape[1]
     size = group_size(form, inputs)
-    h, w = h.clone(), w.clone()
     dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
-    w[:, dead] = 0
+    w = w.masked_fill(dead, 0)
     order = torch.arange(inputs)
     grid = Grid.of(w, form, range_)
     if act_order:
-        order = torch.argsort(h.diagonal(), descending=True, stable=True)
-        w, h = w[:, order], h[order][:, order]
-    upper, damping, double = inverse_factor(h, damping)
-    del h
+        order = torch.argsort(h.diagonal().masked_fill(dead, 1), descending=True, stable=True)
+        w = w[:, order]
+        own = h.index_select(0, order).index_select(1, order)
+    else:
+        own = h.clone()
+    own.diagonal()[dead[order]] = 1
+    upper, damping, double = inverse_factor(own, damping)
+    del own
     top = 2**form.bits - 1
     codes = torch.empty_like(w)
     scales, zeros, offsets = _at_inputs(grid, order)
