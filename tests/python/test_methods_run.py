@@ -425,3 +425,39 @@ def test_bad_prompts_are_named_by_their_line(
     assert not (tmp_path / "m").exists()
     nothing = command_line(str(llama), str(tmp_path / "m"), "--method", "awq")
     assert nothing.exit_code != 0 and "nothing to calibrate on" in nothing.output
+
+
+def test_the_typical_change_does_not_hang_on_a_few_tokens() -> None:
+    plain = np.full(400, 1e-4)
+    kl = plain / 2
+    kl[0] = 10.0  # the mean of kl is now 250 times that of plain
+    found = evaluation.typical_change(kl, plain, np.arange(400))
+    # One of 400 logarithms moves by log 2e5.
+    assert found["value"] == pytest.approx(0.5 * 2e5 ** (1 / 400))
+    assert found["low"] < found["value"] < found["high"] < 0.6
+    kl[0] = plain[0] / 2
+    assert evaluation.typical_change(kl, plain, np.arange(400))["value"] == pytest.approx(0.5)
+
+
+def test_a_report_is_measured_once_and_its_answers_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from framequilt.quantize import report
+
+    arguments = ["run", "--work", str(tmp_path / "w"), "--model", "demo", "--frames", "1"]
+    arguments += ["--calibration-samples", "2", "--held-out-samples", "3", "--search-rows", "64"]
+    arguments += ["--ratio-steps", "2", "--schemes", "W3g128", "--methods", "rtn,gptq"]
+    report.main(arguments)
+    monkeypatch.setattr(report, "measure", None)  # a second run has nothing left to measure
+    report.main(arguments)
+    capsys.readouterr()
+    report.main(["table", "--work", str(tmp_path / "w"), "--json", str(tmp_path / "t.json")])
+    plain, ours = json.loads((tmp_path / "t.json").read_text())
+    assert (plain["method"], ours["method"]) == ("rtn", "gptq")
+    assert ours["kl"]["mean"] - plain["kl"]["mean"] == pytest.approx(ours["kl_change"]["mean"])
+    # Each answer is a word or two and an end token; the question before it is longer.
+    answers = ours["answers"]
+    assert answers["samples"] == 3 and 6 <= answers["tokens"] < ours["tokens"] / 2
+    assert answers["float_perplexity"]["value"] < ours["float_perplexity"]["value"]
+    text = capsys.readouterr().out
+    assert "| W3g128 | gptq |" in text and f"n = {ours['tokens']} held-out tokens in 3" in text

@@ -17,12 +17,13 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from framequilt.quantize.calibration.checkpoint import Checkpoint
@@ -80,7 +81,9 @@ def demo_samples(
             {"type": "text", "text": asked.question},
         ]
         pixels = np.ascontiguousarray(preprocessor.video(scene.frames).images, np.float32)
-        samples.append(codec.prompt([{"role": "user", "content": content}], [pixels], asked.answer))
+        prompt = codec.prompt([{"role": "user", "content": content}], [pixels], asked.answer)
+        # The question's tokens are measured as well: there are ten times as many.
+        samples.append(replace(prompt, scored=len(prompt.parts[-1]), answer=prompt.scored))
     return samples
 
 
@@ -141,6 +144,15 @@ def float_states(data: Data, folder: Path) -> evaluation.Scored:
     return evaluation.Scored(*torch.load(file, weights_only=False))
 
 
+def _answers(samples: Sequence[Sample], owner: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of the scored tokens are of an answer: the last of each sample."""
+    left = np.array([int((owner == n).sum()) for n in range(len(samples))])
+    place = np.concatenate([np.arange(count) for count in left])
+    length = np.array([sample.answer for sample in samples])
+    result: NDArray[np.bool_] = place >= (left - length)[owner]
+    return result
+
+
 def measure(
     data: Data, exact: evaluation.Scored, scheme: str, row: str, args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -171,6 +183,9 @@ def measure(
     calibrated = time.monotonic() - began
     found = evaluation.run(data.checkpoint, data.held_out, result, folder)
     comparison = evaluation.compare(data.checkpoint, exact, found, result)
+    answers: dict[str, Any] = {}
+    if data.visual:
+        answers["answers"] = comparison.take(_answers(data.held_out, comparison.sample)).summary()
     np.savez(folder / f"{scheme}.{row}.npz", kl=comparison.kl, sample=comparison.sample)
     return {
         "model": args.name,
@@ -186,6 +201,7 @@ def measure(
             "seconds": calibrated,
         },
         **comparison.summary(),
+        **answers,
         "layers": result.reports(),
     }
 
@@ -225,6 +241,7 @@ def rows_of(work: Path) -> list[dict[str, Any]]:
                 elif plain is not None:
                     row["kl_change"] = evaluation.clustered(kl - plain, sample).to_json()
                     row["kl_ratio"] = float(kl.mean() / plain.mean())
+                    row["kl_typical"] = evaluation.typical_change(kl, plain, sample)
                 rows.append(row)
     return rows
 
@@ -235,28 +252,32 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         first = mine[0]
-        exact = first["float_perplexity"]
+        spoken = "answers" in first
+        exact = first.get("answers", first)["float_perplexity"]
         lines += [
-            f"### {model}",
+            f"n = {first['tokens']} held-out tokens in {first['samples']} samples"
+            + (f", {first['answers']['tokens']} of them of answers" if spoken else "")
+            + f"; float perplexity{' of the answers' if spoken else ''} {exact['value']:.3f} "
+            f"({exact['low']:.3f} to {exact['high']:.3f}); {first['bytes_bf16'] / 2**20:.1f} MiB "
+            "in bfloat16.",
             "",
-            f"n = {first['tokens']} held-out tokens in {first['samples']} samples; float "
-            f"perplexity {exact['value']:.3f} ({exact['low']:.3f} to {exact['high']:.3f}); "
-            f"{first['bytes_bf16'] / 2**20:.1f} MiB in bfloat16.",
-            "",
-            "| scheme | method | MiB | KL (nats) | KL less KL of RTN | ratio | perplexity "
-            "| same choice |",
-            "|---|---|---|---|---|---|---|---|",
+            "| scheme | method | MiB | KL (nats) | less KL of RTN | KL / RTN | typical KL / RTN "
+            "| perplexity | same choice |" + (" answers right |" if spoken else ""),
+            "|---|---|---|---|---|---|---|---|---|" + ("---|" if spoken else ""),
         ]
         for row in mine:
-            kl, same = row["kl"], row["same_choice"]
+            kl, same, said = row["kl"], row["same_choice"], row.get("answers", row)
             change = row.get("kl_change")
-            less = f"{change['mean']:+.5f} ± {change['half']:.5f}" if change else ""
-            ratio = f"{row['kl_ratio']:.2f}" if change else ""
+            typical = row.get("kl_typical", {})
             cells = [
                 row["scheme"], row["method"], f"{row['bytes'] / 2**20:.1f}",
-                f"{kl['mean']:.5f} ± {kl['half']:.5f}", less, ratio,
-                f"{row['perplexity']['value']:.3f}",
+                f"{kl['mean']:.5f} ± {kl['half']:.5f}",
+                f"{change['mean']:+.5f} ± {change['half']:.5f}" if change else "",
+                f"{row['kl_ratio']:.2f}" if change else "",
+                "{value:.2f} ({low:.2f} to {high:.2f})".format(**typical) if typical else "",
+                f"{said['perplexity']['value']:.3f}",
                 f"{100 * same['mean']:.1f} % ± {100 * same['half']:.1f}",
+                *([f"{said['all_right']} of {said['samples']}"] if spoken else []),
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")

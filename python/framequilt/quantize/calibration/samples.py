@@ -31,11 +31,12 @@ class Sample:
     """One sequence: runs of token ids (1-d) and videos (4-d), in order.
 
     `scored` is the number of tokens at the end whose prediction is measured; 0 means all. The rest
-    is context.
+    is context. `answer` says how many of those are an answer, where there is one.
     """
 
     parts: tuple[NDArray[Any], ...]
     scored: int = 0
+    answer: int = 0
 
     @property
     def videos(self) -> list[Pixels]:
@@ -113,7 +114,8 @@ class TextCodec:
         tail = list(self.ids(answer)) if answer else []
         end = self._tokens.eos[:1] if answer else []
         parts.append(np.array([*run, *tail, *end], np.int64))
-        return Sample(tuple(parts), scored=len(tail) + len(end))
+        count = len(tail) + len(end)
+        return Sample(tuple(parts), scored=count, answer=count)
 
 
 def text_samples(text: str, codec: TextCodec, count: int, length: int) -> list[Sample]:

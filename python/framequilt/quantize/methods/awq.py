@@ -7,8 +7,9 @@ ranges are clipped where that lowers the error of the output.
     m = (1 - shrink) * max|w| of a group, shrink in {0, 0.05, ..., 0.45}, but for q and k
     kept: the m with the least ||X (round(clamp(w, -m, m)) - w)||^2 of that row and group
 
-Ratio 0 and shrink 0 are plain rounding, so that no search can end above it. With quantized
-activations both searches see quantized inputs.
+With quantized activations both searches see quantized inputs. What each search finds is kept only
+if it lowers the error of the half with all its linears rounded, so that no half ends above plain
+rounding on the rows that were searched.
 """
 
 from __future__ import annotations
@@ -61,22 +62,37 @@ def search_half(
         ratio = ratios[errors.index(min(errors))]
         fold_factor = candidate(found.mean[1], ratio)
         result.report["fold"] = {"ratio": ratio, "errors": errors}
-        result.scales[half.fold] = fold_factor
-    result.scales[half.norm_name] = norm_factor
-    scaled = scale_half(weights, half, norm_factor, fold_factor)
+    # Each was the best by itself; together, or one without the other, may be better or worse.
+    choices = [(None, None), (norm_factor, None)]
+    if fold_factor is not None:
+        choices += [(None, fold_factor), (norm_factor, fold_factor)]
+    errors = [
+        found.branch_error(scale_half(weights, half, *pair), setting, half.linears, pair[0])
+        for pair in choices
+    ]
+    least = min(errors)
+    norm, fold = choices[errors.index(least)]
+    if norm is not None:
+        result.scales[half.norm_name] = norm
+    if fold is not None and half.fold is not None:
+        result.scales[half.fold] = fold
+    scaled = scale_half(weights, half, norm, fold)
     for name in half.linears:
         form = setting.formats[name]
         if name in _NOT_CLIPPED or form.kind != "affine":
             continue
-        is_last = name == half.last
-        factor = fold_factor if is_last else norm_factor
-        x = found.tokens[1 if is_last else 0]
+        factor = fold if name == half.last else norm
+        x = found.tokens[1 if name == half.last else 0]
         x = x if factor is None else x / factor
-        weight = scaled[f"{name}.weight"]
-        most = best_clip(weight, x, form, setting.activations.get(name), setting.range_)
-        result.clips[name] = most
-        scaled[f"{name}.weight"] = clip_groups(weight, most, form.group)
-    result.report["error"] = found.branch_error(scaled, setting, half.linears, norm_factor)
+        key = f"{name}.weight"
+        most = best_clip(scaled[key], x, form, setting.activations.get(name), setting.range_)
+        clipped = {**scaled, key: clip_groups(scaled[key], most, form.group)}
+        error = found.branch_error(clipped, setting, half.linears, norm)
+        # Errors of groups add up where their inputs go together: the sum decides.
+        if error < least:
+            least, scaled = error, clipped
+            result.clips[name] = most
+    result.report["error"] = least
     return result
 
 
