@@ -320,3 +320,14 @@ def test_only_whole_samples_within_the_budget_are_kept(tmp_path: Path) -> None:
     assert len(data.normed) == len(data.inner) == 1 and data.normed[0].shape[1] == ROWS // 2
     assert [len(rows) for rows in data.tokens] == [6, 6]
     assert data.rows == ROWS
+
+
+def test_only_the_last_outputs_are_divided() -> None:
+    """As in a fused q, k and v, of which v alone feeds what comes next."""
+    w = torch.arange(1.0, 13.0).view(6, 2)
+    assert divide_outputs(w, torch.tensor([2.0, 4.0])).tolist() == [
+        [1, 2], [3, 4], [5, 6], [7, 8], [4.5, 5], [2.75, 3],
+    ]  # fmt: skip
+    assert divide_outputs(w[:, 0], torch.tensor([2.0])).tolist() == [1, 3, 5, 7, 9, 5.5]
+    with pytest.raises(InvalidArgument, match="factors"):
+        divide_outputs(w, torch.ones(7))
