@@ -250,16 +250,16 @@ def test_presets_fit_models_with_and_without_a_tower(
 ) -> None:
     preset = PRESETS[name]
     for source in (llama, video):
-        report = convert(source, tmp_path / "model", preset=name, kv="kv8", dry_run=True)
+        report = convert(source, tmp_path / "model", preset=name, dry_run=True)
+        assert report.kv == report.config["defaults"]["kv"] == preset.kv
         assert report.config["source"]["preset"] == preset.summary
         assert report.weights == preset.weights
         assert len({entry.format for entry in report.linears}) > 1 or name == "exact"
-    assert "kv" in preset.kv or "k8" in preset.kv
 
 
 def test_presets_are_what_they_say(llama: Path, tmp_path: Path) -> None:
     sizes = {
-        name: convert(llama, tmp_path / "m", preset=name, kv="kv8", dry_run=True).effective_bits
+        name: convert(llama, tmp_path / "m", preset=name, dry_run=True).effective_bits
         for name in PRESETS
     }
     assert sizes["small"] < sizes["fast"] < sizes["exact"]
