@@ -126,12 +126,13 @@ PYBIND11_MODULE(_framequilt, m) {
 
   py::class_<PyEngine>(m, "Engine", "Runs requests; thread-safe.")
       .def(py::init([](const PyModel& model, const std::string& kv, const std::string& activations,
-                       uint64_t memory_bytes, int threads, int chunk_rows, int max_sequences,
-                       int max_context, const std::string& simd, uint32_t page_shuffle_seed,
-                       bool manual_step, bool text) {
+                       const std::string& numerics, uint64_t memory_bytes, int threads,
+                       int chunk_rows, int max_sequences, int max_context, const std::string& simd,
+                       uint32_t page_shuffle_seed, bool manual_step, bool text) {
              return std::make_unique<PyEngine>(
                  model, fq::EngineOptions{.kv = kv,
                                           .activations = activations,
+                                          .numerics = numerics,
                                           .memory_bytes = memory_bytes,
                                           .threads = threads,
                                           .chunk_rows = chunk_rows,
@@ -143,10 +144,10 @@ PYBIND11_MODULE(_framequilt, m) {
                                           .text = text});
            }),
            py::arg("model"), py::arg("kv") = "", py::arg("activations") = "",
-           py::arg("memory_bytes") = uint64_t{1} << 30, py::arg("threads") = 0,
-           py::arg("chunk_rows") = 256, py::arg("max_sequences") = 64, py::arg("max_context") = 0,
-           py::arg("simd") = "", py::arg("page_shuffle_seed") = 0, py::arg("manual_step") = false,
-           py::arg("text") = true)
+           py::arg("numerics") = "int", py::arg("memory_bytes") = uint64_t{1} << 30,
+           py::arg("threads") = 0, py::arg("chunk_rows") = 256, py::arg("max_sequences") = 64,
+           py::arg("max_context") = 0, py::arg("simd") = "", py::arg("page_shuffle_seed") = 0,
+           py::arg("manual_step") = false, py::arg("text") = true)
       .def("submit", &PyEngine::submit, py::arg("request"))
       .def("step", &PyEngine::step)
       .def("close", &PyEngine::close)

@@ -48,6 +48,7 @@ class Engine:
         model: Model,
         kv: str = "",
         activations: str = "",
+        numerics: str = "int",
         memory_bytes: typing.SupportsInt | typing.SupportsIndex = 1073741824,
         threads: typing.SupportsInt | typing.SupportsIndex = 0,
         chunk_rows: typing.SupportsInt | typing.SupportsIndex = 256,

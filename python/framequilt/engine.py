@@ -310,6 +310,8 @@ class Engine:
         activations: how the inputs of linears are quantized: "a16" (not at all), "a8", "a6" or
             "a4", per token, "-asym" behind them for an asymmetric range; None is what the model
             says. Holds for every linear with quantized weights, the head included.
+        numerics: how quantized inputs are multiplied: "int" (integer products), or "exact" (float32
+            products of the numbers that the codes stand for; slow, to compare with).
         memory: bytes for KV pages and workspace, as 2**30, "1GiB" or "512MB". Weights are mapped
             and not counted.
         threads: compute threads; 0 is one per physical core.
@@ -330,6 +332,7 @@ class Engine:
         *,
         kv: str | None = None,
         activations: str | None = None,
+        numerics: str = "int",
         memory: int | str = "1GiB",
         threads: int = 0,
         max_sequences: int = 64,
@@ -366,6 +369,7 @@ class Engine:
             opened,
             kv=kv or "",
             activations=activations or "",
+            numerics=numerics,
             memory_bytes=memory_bytes,
             threads=threads,
             chunk_rows=chunk_rows,

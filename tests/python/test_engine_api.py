@@ -212,6 +212,7 @@ def test_options_reach_the_native_engine(native, tmp_path):
     assert native.options == {
         "kv": "kv4",
         "activations": "a8",
+        "numerics": "int",
         "memory_bytes": 2 * 2**30,
         "threads": 3,
         "chunk_rows": 256,

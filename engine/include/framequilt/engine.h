@@ -20,6 +20,9 @@ struct EngineOptions {
   // How inputs of linears are quantized: "a16" (not at all), "a8", "a4", "a8-asym", ...; "": as the
   // model says. Holds for every linear with affine weights, the head included.
   std::string activations = "";
+  // How quantized inputs are multiplied: "int" (integer products) or "exact" (float32 products of
+  // the numbers that the codes stand for: the definition, slow, to compare with).
+  std::string numerics = "int";
   uint64_t memory_bytes = 1ull << 30;  // KV pages + workspace; weights are mapped and not counted
   int threads = 0;                     // 0: one per physical core available to the process
   int chunk_rows = 256;    // rows of one prefill step (and of one tile in layer-major prefill)

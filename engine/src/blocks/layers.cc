@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "src/quant/activations.h"
+
 namespace fq::blocks {
 
 Result<Linear> Linear::bind(const Binder& binder, const std::string& slot, bool bias) {
@@ -11,10 +13,35 @@ Result<Linear> Linear::bind(const Binder& binder, const std::string& slot, bool 
   linear.activations_ = binder.directory.spec().linears.at(slot).activations;
   const bool affine = linear.weights_.format.kind == model::WeightFormat::Kind::kAffine;
   if (binder.activations && affine) linear.activations_ = *binder.activations;
-  FQ_ASSIGN_OR_RETURN(linear.fn_,
-                      binder.backend.linear(linear.weights_.format, linear.activations_));
-  if (!linear.activations_.symmetric) FQ_RETURN_IF_ERROR(linear.bind_row_sums(binder));
+  linear.exact_ = binder.exact && linear.activations_.quantized();
+  FQ_ASSIGN_OR_RETURN(linear.fn_, binder.backend.linear(linear.weights_.format,
+                                                        linear.exact_ ? model::ActivationFormat{}
+                                                                      : linear.activations_));
+  if (!linear.activations_.symmetric && !linear.exact_) {
+    FQ_RETURN_IF_ERROR(linear.bind_row_sums(binder));
+  }
   return linear;
+}
+
+// Rows become the numbers that their codes stand for.
+void Linear::run_exact(ops::LinearArgs args, ThreadPool& pool) const {
+  static thread_local AlignedBuffer<float> own;  // of the engine thread; the pool writes to it
+  const int64_t in = weights_.in;
+  own.reserve(static_cast<size_t>(args.rows * in));
+  float* const rows = own.data();
+  pool.parallel_for(args.rows, [&](int64_t r, int) {
+    static thread_local AlignedBuffer<int8_t> codes;
+    codes.reserve(static_cast<size_t>(in));
+    const quant::QuantizedRow row =
+        quant::quantize_row(args.x + r * args.x_stride, in, activations_, codes.data());
+    for (int64_t i = 0; i < in; ++i) {
+      rows[r * in + i] = static_cast<float>(codes[static_cast<size_t>(i)] - row.zero) * row.scale;
+    }
+  });
+  args.x = rows;
+  args.x_stride = in;
+  args.activations = {};
+  fn_(args, pool);
 }
 
 // One product with inputs of 1 reads all weights once; only asymmetric inputs need it.

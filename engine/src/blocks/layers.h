@@ -21,6 +21,8 @@ struct Binder {
   ThreadPool& pool;
   // Instead of what the model says about the inputs of its linears (affine ones, the head too).
   std::optional<model::ActivationFormat> activations;
+  // Quantized inputs are multiplied as float32 numbers instead of integers: the definition, slowly.
+  bool exact = false;
 };
 
 class Linear {
@@ -35,23 +37,26 @@ class Linear {
   // y[rows, out] = (or +=) x[rows, in] W^T + bias
   void run(const float* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride,
            bool accumulate, ThreadPool& pool) const {
-    fn_({.x = x,
-         .x_stride = x_stride,
-         .rows = rows,
-         .w = &weights_,
-         .y = y,
-         .y_stride = y_stride,
-         .accumulate = accumulate,
-         .activations = activations_},
-        pool);
+    const ops::LinearArgs args{.x = x,
+                               .x_stride = x_stride,
+                               .rows = rows,
+                               .w = &weights_,
+                               .y = y,
+                               .y_stride = y_stride,
+                               .accumulate = accumulate,
+                               .activations = activations_};
+    if (exact_) return run_exact(args, pool);
+    fn_(args, pool);
   }
 
  private:
   Status bind_row_sums(const Binder& binder);
+  void run_exact(ops::LinearArgs args, ThreadPool& pool) const;
 
   quant::LinearWeights weights_;
   model::ActivationFormat activations_;
   backend::LinearFn fn_ = nullptr;
+  bool exact_ = false;             // fn_ takes float32 inputs, which are quantized before
   AlignedBuffer<float> row_sums_;  // what weights_.row_sums points to
 };
 

@@ -59,7 +59,11 @@ Result<std::shared_ptr<Engine::Impl>> Engine::Impl::create(std::shared_ptr<const
                      "empty for what the model says");
     }
   }
-  const blocks::Binder binder{directory, *impl->backend_, *impl->threads_, activations};
+  if (options.numerics != "int" && options.numerics != "exact") {
+    return invalid("no numerics '" + options.numerics + "'", "known: int, exact");
+  }
+  const blocks::Binder binder{directory, *impl->backend_, *impl->threads_, activations,
+                              options.numerics == "exact"};
   FQ_ASSIGN_OR_RETURN(impl->decoder_, blocks::Decoder::bind(binder, kv));
   if (spec.vision) {
     FQ_ASSIGN_OR_RETURN(impl->vision_, blocks::Vision::bind(binder));
@@ -452,9 +456,10 @@ std::string Engine::Impl::describe_kernels() const {
   for (const auto& [name, linear] : model_->directory().spec().linears) {
     const bool affine = linear.format.kind == model::WeightFormat::Kind::kAffine;
     const model::ActivationFormat inputs = chosen && affine ? *chosen : linear.activations;
-    ++formats[linear.format.name() + (inputs.quantized()
-                                          ? " " + inputs.name() + ", integer products"
-                                          : ", float32 activations")];
+    const char* const products =
+        options_.numerics == "exact" ? ", float32 products" : ", integer products";
+    ++formats[linear.format.name() +
+              (inputs.quantized() ? " " + inputs.name() + products : ", float32 activations")];
   }
   for (const auto& [format, count] : formats) {
     text += "linear " + format + ": " + std::to_string(count) + " matrices\n";
