@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from framequilt.chat import ChatTemplate
-    from framequilt.engine import Engine, Request, ResultStream
+    from framequilt.engine import Engine, ResultStream
     from framequilt.errors import FramequiltError
     from framequilt.reduction import FrameFusion
+    from framequilt.request import Request
     from framequilt.results import GenerationResult, StreamPiece, Usage
     from framequilt.sampling import Sampling
     from framequilt.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ _HOME = {
     "FramequiltError": "errors",
     "Frames": "vision",
     "GenerationResult": "results",
-    "Request": "engine",
+    "Request": "request",
     "ResultStream": "engine",
     "Sampling": "sampling",
     "StreamPiece": "results",

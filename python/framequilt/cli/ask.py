@@ -68,7 +68,8 @@ def command(
     as_json: common.JsonOption = False,
 ) -> None:
     """Ask one question about a video, pictures or nothing but the text."""
-    from framequilt.engine import Engine, Request
+    from framequilt.engine import Engine
+    from framequilt.request import Request
 
     if question == "-":
         question = sys.stdin.read()
