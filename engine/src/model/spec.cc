@@ -11,8 +11,8 @@
 #include "src/core/printable.h"
 #include "src/model/directory.h"
 #include "src/model/json_reader.h"
+#include "src/model/kv_format.h"
 #include "src/model/slots.h"
-#include "src/quant/kv_format.h"
 
 namespace fq::model {
 namespace {
@@ -217,7 +217,7 @@ TokenSpec read_tokens(ObjectReader reader, int vocab) {
 DefaultsSpec read_defaults(ObjectReader reader) {
   DefaultsSpec defaults;
   defaults.kv = reader.text("kv", kMaxText);
-  if (const auto kv = quant::parse_kv_format(defaults.kv); !kv)
+  if (const auto kv = parse_kv_format(defaults.kv); !kv)
     reader.errors().add(reader.path_of("kv"), kv.error().message + "; " + kv.error().hint);
   if (!reader.null("similarity_lower_bound")) {
     defaults.similarity_lower_bound = reader.number("similarity_lower_bound", -1.0, 1.0);

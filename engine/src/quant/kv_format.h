@@ -1,5 +1,6 @@
-// Number formats of the KV cache and the layout of a page. A page holds kPageTokens tokens of ONE
-// layer; for each kv head, contiguous, 64-byte aligned (engine/CONTRACT.md, section 2):
+// The layout of a page of the KV cache, in the format that model/kv_format.h names. A page holds
+// kPageTokens tokens of ONE layer; for each kv head, contiguous, 64-byte aligned
+// (engine/CONTRACT.md, section 2):
 //   K   a matrix [head_dim][64]: a row is one dim of all tokens
 //   V   a matrix [64][head_dim]: a row is all dims of one token
 //   K scale, K zero, V scale, V zero   [groups][64] each, where the part has codes
@@ -16,30 +17,14 @@
 #include <string_view>
 
 #include "framequilt/status.h"
+#include "src/model/kv_format.h"
 
 namespace fq::quant {
 
 inline constexpr int kPageTokens = 64;
 
-struct KvFormat {
-  int k_bits = 16, v_bits = 16;  // each 32, 16, 8, 6, 4, 3 or 2
-  int group = 0;                 // requested group of codes: 16, 32, 64, 128; 0: 128
-  bool ends16 = false;           // parts of the first and the last layer of at least 16 bits
-  bool rotate = false;           // Hadamard rotation of K and V (ops/rotate.h)
-  bool scale32 = false;          // float32 scales, for comparison with the published quantizer
-
-  // "kv8", "k8v4", "kv4g32", "kv4g32+ends16+rotate+scale32": one name for one format.
-  std::string name() const;
-  bool has_codes() const { return k_bits <= 8 || v_bits <= 8; }
-  // The format of one layer of `layers`.
-  KvFormat of_layer(int layer, int layers) const;
-  friend bool operator==(const KvFormat&, const KvFormat&) = default;
-};
-
-// Grammar: ("kv" bits | "k" bits "v" bits) ["g" group] {"+ends16" | "+rotate" | "+scale32"},
-// options in any order, each at most once; group and options that would change nothing are refused
-// (no codes, nothing under 16 bits). Errors: invalid_argument that says what there is.
-Result<KvFormat> parse_kv_format(std::string_view text);
+using model::KvFormat;
+using model::parse_kv_format;
 
 // The planes of a code, low bits first: 8; 4 2; 4; 2 1; 2 bits.
 struct KvPlanes {
