@@ -182,11 +182,9 @@ def context(p: Programs, name: str, depth: int, tokens: int) -> Bench:
         ],
     )
     for kv, peer in kv_types.items():
-        for activations in ("a8", "a16"):
-            options = {"prompt": depth, "tokens": tokens, "activations": activations, "kv": kv}
-            options |= {"less": {"tokens": tokens // 4}, "work": tokens - tokens // 4}
-            label = f"{kv} {activations}"
-            bench.add("ours", _engine(p, label, name, "w4g128", "decode", **options))
+        options = {"prompt": depth, "tokens": tokens, "activations": "a8", "kv": kv}
+        options |= {"less": {"tokens": tokens // 4}, "work": tokens - tokens // 4}
+        bench.add("ours", _engine(p, f"{kv} a8", name, "w4g128", "decode", **options))
         bench.add(
             "peer",
             lambda peer=peer: p.llama_bench(
