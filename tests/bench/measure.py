@@ -25,7 +25,9 @@ from typing import Any
 QUIET = 0.10  # CPUs that others may use in an undisturbed sample
 HOPELESS = 0.50  # CPUs of others from which on a wall time says nothing
 SKIPPED = 3  # exit status of a program that cannot do what was asked
-LIMIT_S = 900.0  # of one sample
+LIMIT_S = 1800.0  # of one sample
+# A difference of two CPU times is noise where most of both is something else.
+LEAST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -167,14 +169,18 @@ def sample(runner: Runner, series: Series, cpu: bool) -> None:
     value = float(detail["value"])
     if short is not None:
         seconds = done.cpu - short.cpu
-        if seconds <= 0:
-            series.skipped = "the work is too little for the clock"
+        if seconds < LEAST_SHARE * done.cpu:
+            series.skipped = "too little work beside its preparation for a CPU time"
             return
         value = runner.work / seconds if runner.rate else seconds / runner.work
     series.values.append(value)
     # Waiting is not in a CPU time: what others did does not disturb it.
     series.others.append(0.0 if cpu else done.others)
     series.detail = detail
+
+
+def _name(part: str) -> str:
+    return Path(part).name if part.startswith("/") else part
 
 
 def alternate(
@@ -185,7 +191,8 @@ def alternate(
     cpu: bool = False,
 ) -> dict[str, Series]:
     """`samples` samples of each, taken in turn; `step` is told before each."""
-    result = {r.name: Series(r.name, " ".join(r.command)) for r in runners}
+    # Folders of this machine say nothing elsewhere: names of programs and models do.
+    result = {r.name: Series(r.name, " ".join(_name(part) for part in r.command)) for r in runners}
     for _ in range(samples):
         for runner in runners:
             step(runner.name)
