@@ -13,8 +13,8 @@ import pytest
 import framequilt
 from framequilt import _native, errors
 from framequilt.engine import Engine
-from framequilt.request import Request, parse_bytes
 from framequilt.reduction import FrameFusion
+from framequilt.request import Request, parse_bytes
 from framequilt.results import Usage
 from framequilt.sampling import Sampling
 

@@ -75,6 +75,7 @@ Result<std::shared_ptr<Engine::Impl>> Engine::Impl::create(std::shared_ptr<const
   plan.workspace_bytes = runtime::Executor::workspace_bytes(
       *impl->decoder_, impl->vision_.get(), options.chunk_rows, options.max_sequences);
   std::vector<size_t> page_bytes;
+  page_bytes.reserve(static_cast<size_t>(layers));
   for (int l = 0; l < layers; ++l) page_bytes.push_back(impl->decoder_->kv_layout(l).page_bytes);
   plan.page_bytes = page_bytes[page_bytes.size() / 2];
   const uint64_t least =
