@@ -6,6 +6,7 @@ import _thread
 import gc
 import json
 import sys
+import signal
 import threading
 import time
 from pathlib import Path
@@ -132,15 +133,20 @@ def test_ctrl_c_stops_a_long_answer_at_once(engine):
         while not stopped.wait(0.3):
             _thread.interrupt_main()
 
+    # Processes that a shell starts in the background ignore Ctrl-C from birth.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     finger = threading.Thread(target=press)
     finger.start()
-    with pytest.raises(KeyboardInterrupt):
-        try:
-            for _ in range(1000):
-                engine.generate("Tell me", sampling=ENDLESS)
-        finally:
-            stopped.set()
-    finger.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            try:
+                for _ in range(1000):
+                    engine.generate("Tell me", sampling=ENDLESS)
+            finally:
+                stopped.set()
+        finger.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_batch_equals_one_by_one(engine):
