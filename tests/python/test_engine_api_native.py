@@ -5,8 +5,8 @@ from __future__ import annotations
 import _thread
 import gc
 import json
-import sys
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
