@@ -10,7 +10,8 @@ namespace fq::backend::cpu {
 
 struct Kernels {
   LinearFn linear_f32 = nullptr, linear_bf16 = nullptr;
-  std::array<LinearFn, 9> linear_affine = {};  // by bits; those without a fast 8 and 4 take offsets
+  // Affine weights, by bits. 8 and 4 bits have other kernels for offsets, the rest take both.
+  std::array<LinearFn, 9> linear_affine = {};
   LinearFn linear_offset8 = nullptr, linear_offset4 = nullptr;
   std::array<LinearFn, 9> linear_integer = {};  // by bits: quantized inputs
   NormFn rms_norm = nullptr, layer_norm = nullptr;
