@@ -27,12 +27,22 @@ namespace HWY_NAMESPACE {
 constexpr int64_t kTileRows = 96;         // query rows (times heads of a kv head) of one tile
 constexpr int64_t kProductMostRows = 16;  // up to here straight from the page
 constexpr int64_t kSplitRows = 32;        // up to here chunks go to different threads
+constexpr int64_t kRoundItems = 16;       // chunks of a round, per thread
 
 // --- One page ----------------------------------------------------------------------------------
 
+// K of a head of a page lies before its V.
+Ahead AheadOfK(const KvPageLayout& layout, const std::byte* head) {
+  return {head, head + layout.v.low};
+}
+Ahead AheadOfV(const KvPageLayout& layout, const std::byte* head) {
+  return {head + layout.v.low, head + layout.head_bytes};
+}
+
 // Scores (before the softmax's scale) of `rows` query rows with `tokens` tokens of a page.
 void PageScores(const KvPageLayout& layout, const std::byte* head, const float* q, int64_t rows,
-                int64_t tokens, AttentionScratch& s, float* scores, int64_t stride) {
+                int64_t tokens, AttentionScratch& s, float* scores, int64_t stride,
+                const Ahead& ahead) {
   const DF df;
   const KvPart& part = layout.k;
   const PageParams params = ReadParams(layout, part, head, s.params.data());
@@ -44,7 +54,8 @@ void PageScores(const KvPageLayout& layout, const std::byte* head, const float* 
                               .a_stride = layout.head_dim,
                               .c = scores,
                               .c_stride = stride,
-                              .tokens = tokens};
+                              .tokens = tokens,
+                              .ahead = ahead};
     if (part.bits == 16) return ScoresOfPage<16>(product, rows);
     return WithBits(part.bits,
                     [&](auto bits) FRAMEQUILT_INLINE { ScoresOfPage<bits>(product, rows); });
@@ -71,7 +82,7 @@ void PageScores(const KvPageLayout& layout, const std::byte* head, const float* 
 
 // out += probabilities [rows, 64] times V of `tokens` tokens.
 void PageValues(const KvPageLayout& layout, const std::byte* head, const float* p, int64_t rows,
-                int64_t tokens, AttentionScratch& s, float* out, int64_t out_stride) {
+                int64_t tokens, AttentionScratch& s, float* out, int64_t out_stride, Ahead ahead) {
   const DF df;
   const KvPart& part = layout.v;
   const PageParams params = ReadParams(layout, part, head, s.params.data());
@@ -103,7 +114,9 @@ void PageValues(const KvPageLayout& layout, const std::byte* head, const float* 
                                 .c = out,
                                 .c_stride = out_stride,
                                 .tokens = tokens,
-                                .group = g};
+                                .group = g,
+                                .ahead = ahead};
+      ahead = {};
       if (part.bits == 16) {
         ValuesOfPage<16>(product, rows);
       } else {
@@ -170,6 +183,11 @@ struct Tile {
     }
   }
 
+  const std::byte* HeadOf(int64_t token) const {
+    return args.kv.pages[token / kBlock] +
+           args.kv.layout->head_bytes * static_cast<size_t>(kv_head);
+  }
+
   // The softmax of one chunk, for the rows that see a token of it.
   void AddChunk(int64_t chunk, const SoftmaxState& state) const {
     const KvPageLayout& layout = *args.kv.layout;
@@ -178,18 +196,19 @@ struct Tile {
     const int64_t end = std::min(args.begin + row_end, chunk_begin + ops::kAttentionChunk);
     state.Reset(first_row(chunk_begin), rows);
     for (int64_t begin = chunk_begin; begin < end; begin += kBlock) {
-      const std::byte* const head =
-          args.kv.pages[begin / kBlock] + layout.head_bytes * static_cast<size_t>(kv_head);
+      const std::byte* const head = HeadOf(begin);
       const int64_t tokens = std::min(kBlock, end - begin), whole = RoundUp(tokens, kLanes);
       const int64_t first = first_row(begin), count = rows - first;
       float* const scores = s.scores.data() + first * kBlock;
-      PageScores(layout, head, s.q.data() + first * dims, count, tokens, s, scores, kBlock);
+      PageScores(layout, head, s.q.data() + first * dims, count, tokens, s, scores, kBlock,
+                 AheadOfV(layout, head));
       for (int64_t r = first; r < rows; ++r) {
         const int64_t visible = std::min(tokens, first_visible + r / heads - begin);
         state.AddScores(r, s.scores.data() + r * kBlock, visible, whole, args.scale);
       }
+      const bool last = begin + kBlock >= end;
       PageValues(layout, head, scores, count, tokens, s, state.out + first * state.out_stride,
-                 state.out_stride);
+                 state.out_stride, last ? Ahead() : AheadOfK(layout, HeadOf(begin + kBlock)));
     }
   }
 
@@ -250,10 +269,10 @@ void AttendInChunks(std::span<const ops::AttentionArgs> list, int64_t tiles,
     stride = std::max(stride, tile.out_stride());
   }
   // A number of states that does not grow with the length: memory is taken once.
-  const int64_t per_round = std::max<int64_t>(1, 4 * pool.threads() / tiles);
+  const int64_t per_round = std::max<int64_t>(1, kRoundItems * pool.threads() / tiles);
   const int64_t state_floats = SoftmaxState::Floats(most_rows, stride);
   static thread_local AlignedBuffer<float> memory;  // of the caller: totals, then states
-  memory.reserve(static_cast<size_t>((6 * pool.threads() + 2) * state_floats));
+  memory.reserve(static_cast<size_t>((kRoundItems + 2) * pool.threads() * state_floats));
   float* const states = memory.data();  // workers would see a `memory` of their own
   const auto state_at = [&](int64_t index, const Tile& tile) {
     return SoftmaxState(states + index * state_floats, tile.rows, tile.out_stride());
@@ -328,7 +347,7 @@ void ImportanceHead(const ops::ImportanceArgs& args, int64_t kv_head, AttentionS
     const std::byte* const head =
         args.kv.pages[begin / kBlock] + layout.head_bytes * static_cast<size_t>(kv_head);
     PageScores(layout, head, s.q.data(), rows, std::min(kBlock, length - begin), s,
-               s.scores.data() + begin, stride);
+               s.scores.data() + begin, stride, {});
   }
   std::fill_n(part, length, 0.0f);
   for (int64_t r = 0; r < rows; ++r) {

@@ -9,6 +9,7 @@
 #define FRAMEQUILT_CPU_PAGE_PRODUCTS_INL_H_
 #endif
 
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "src/backend/cpu/pages-inl.h"
 
@@ -16,6 +17,23 @@ HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
 #if FRAMEQUILT_HAVE_SIMD
+
+// Bytes that are needed next: a kernel asks for them line by line while it multiplies. A page is
+// too short for a hardware prefetcher, and pages of a sequence do not follow each other.
+struct Ahead {
+  const std::byte* next = nullptr;
+  const std::byte* end = nullptr;
+
+  template <int kLines>
+  HWY_INLINE void Ask() {
+    Unrolled<kLines>([&](auto) FRAMEQUILT_INLINE {
+      if (next < end) {
+        hwy::Prefetch(next);
+        next += 64;
+      }
+    });
+  }
+};
 
 // One head of one page and `rows` rows of the tile.
 struct PageProduct {
@@ -28,7 +46,12 @@ struct PageProduct {
   int64_t c_stride = 0;
   int64_t tokens = 0;
   int64_t group = 0;
+  Ahead ahead;
 };
+
+// Lines of kVectors vectors of columns of a unit: to ask for so many keeps pace with reading.
+template <int kBits, int kVectors, int kUnitRows>
+constexpr int kLinesOfUnit = (kUnitRows * kBits * kVectors * kLanes + 511) / 512;
 
 // A vector of columns of the rows that share bytes, as factors.
 template <int kBits>
@@ -68,9 +91,10 @@ struct RowUnit<16> {
 
 // dot of kRows rows with all tokens of the page, over the dims of one group.
 template <int kBits, int kRows, int kVectors>
-HWY_NOINLINE void ScoreKernel(const PageProduct& x) {
+HWY_NOINLINE void ScoreKernel(PageProduct& x) {
   using Unit = RowUnit<kBits>;
   const DF df;
+  Ahead ahead = x.ahead;
   const int64_t begin = x.group * x.part->group, end = begin + x.part->group;
   const float* const scales = kBits <= 8 ? x.params.scales + x.group * kPageTokens : nullptr;
   const float* const zeros = kBits <= 8 ? x.params.zeros + x.group * kPageTokens : nullptr;
@@ -88,6 +112,7 @@ HWY_NOINLINE void ScoreKernel(const PageProduct& x) {
     }
     const float* a = x.a + begin;
     for (int64_t d = begin; d < end; d += Unit::kRows, a += Unit::kRows) {
+      ahead.Ask<kLinesOfUnit<kBits, kVectors, Unit::kRows>>();
       Unit units[kVectors];
       Unrolled<kVectors>(
           [&](auto v) FRAMEQUILT_INLINE { units[v].Load(*x.part, x.head, d, t + v * kLanes); });
@@ -125,13 +150,15 @@ HWY_NOINLINE void ScoreKernel(const PageProduct& x) {
       hn::Store(sum, df, c);
     });
   }
+  x.ahead = ahead;
 }
 
 // c += weights x V over the tokens, for kVectors vectors of columns from `column`.
 template <int kBits, int kRows, int kVectors>
-HWY_NOINLINE void ValueKernel(const PageProduct& x, int64_t column) {
+HWY_NOINLINE void ValueKernel(PageProduct& x, int64_t column) {
   using Unit = RowUnit<kBits>;
   const DF df;
+  Ahead ahead = x.ahead;
   const float* const zeros = kBits <= 8 ? x.params.zeros + x.group * kPageTokens : nullptr;
   float* const c = x.c + column;
   VF acc[kRows * kVectors];
@@ -140,6 +167,7 @@ HWY_NOINLINE void ValueKernel(const PageProduct& x, int64_t column) {
   });
   const float* a = x.a;
   for (int64_t t = 0; t < x.tokens; t += Unit::kRows, a += Unit::kRows) {
+    ahead.Ask<kLinesOfUnit<kBits, kVectors, Unit::kRows>>();
     Unit units[kVectors];
     Unrolled<kVectors>(
         [&](auto v) FRAMEQUILT_INLINE { units[v].Load(*x.part, x.head, t, column + v * kLanes); });
@@ -168,26 +196,24 @@ HWY_NOINLINE void ValueKernel(const PageProduct& x, int64_t column) {
   Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE {
     hn::Store(acc[i], df, c + i / kVectors * x.c_stride + i % kVectors * kLanes);
   });
+  x.ahead = ahead;
 }
 
-constexpr int kProductRows = 4;  // rows that share an unpacked word
-constexpr int kProductVectors = kManyRegisters ? 4 : 2;
-static_assert(kPageTokens % (kProductVectors * kLanes) == 0);
+// Rows that share an unpacked word: the query heads of a kv head in most models, so that a page is
+// unpacked once.
+constexpr int kProductRows = kManyRegisters ? 8 : 4;
+// Vectors of columns that a kernel for kRows rows holds sums of.
+template <int kRows>
+constexpr int kProductVectors = kManyRegisters&& kRows <= 4 ? 4 : 2;
+static_assert(kPageTokens % (4 * kLanes) == 0);
 
 // Calls f(integral_constant<count>) for the rows of a pass, 1 .. kProductRows.
-template <class F>
+template <int kMost = kProductRows, class F>
 HWY_INLINE void WithRows(int64_t count, const F& f) {
-  static_assert(kProductRows == 4);
-  switch (count) {
-    case 4:
-      return f(std::integral_constant<int, 4>());
-    case 3:
-      return f(std::integral_constant<int, 3>());
-    case 2:
-      return f(std::integral_constant<int, 2>());
-    default:
-      return f(std::integral_constant<int, 1>());
+  if constexpr (kMost > 1) {
+    if (count < kMost) return WithRows<kMost - 1>(count, f);
   }
+  f(std::integral_constant<int, kMost>());
 }
 
 // Calls f(part) with at most kProductRows rows of `x` at a time, in even parts.
@@ -208,7 +234,7 @@ void ScoresOfPage(const PageProduct& x, int64_t rows) {
   InPasses(x, rows, [&](PageProduct& part, int64_t count) FRAMEQUILT_INLINE {
     for (part.group = 0; part.group < x.part->groups; ++part.group) {
       WithRows(count,
-               [&](auto r) FRAMEQUILT_INLINE { ScoreKernel<kBits, r, kProductVectors>(part); });
+               [&](auto r) FRAMEQUILT_INLINE { ScoreKernel<kBits, r, kProductVectors<r>>(part); });
     }
   });
 }
@@ -218,15 +244,14 @@ template <int kBits>
 void ValuesOfPage(const PageProduct& x, int64_t rows) {
   const int64_t begin = x.group * x.part->group;
   const int64_t end = RoundUp(begin + x.part->group, kLanes);
-  InPasses(x, rows, [&](const PageProduct& part, int64_t count) FRAMEQUILT_INLINE {
-    int64_t column = begin;
-    for (; column + kProductVectors * kLanes <= end; column += kProductVectors * kLanes) {
-      WithRows(count, [&](auto r) FRAMEQUILT_INLINE {
-        ValueKernel<kBits, r, kProductVectors>(part, column);
-      });
-    }
-    for (; column < end; column += kLanes)
-      WithRows(count, [&](auto r) FRAMEQUILT_INLINE { ValueKernel<kBits, r, 1>(part, column); });
+  InPasses(x, rows, [&](PageProduct& part, int64_t count) FRAMEQUILT_INLINE {
+    WithRows(count, [&](auto r) FRAMEQUILT_INLINE {
+      constexpr int kVectors = kProductVectors<r>;
+      int64_t column = begin;
+      for (; column + kVectors * kLanes <= end; column += kVectors * kLanes)
+        ValueKernel<kBits, r, kVectors>(part, column);
+      for (; column < end; column += kLanes) ValueKernel<kBits, r, 1>(part, column);
+    });
   });
 }
 
