@@ -156,7 +156,10 @@ struct ThreadPool::Impl {
       pause_cpu();
     }
     std::unique_lock<std::mutex> lock(mutex);
-    caller_sleeps.store(true);
+    // A store would do. But qemu runs Arm's store-release and load-acquire without the order
+    // between them, and the caller would sleep forever; on x86 a store of this kind is an exchange
+    // anyway.
+    caller_sleeps.exchange(true);
     finished.wait(lock, [&] { return left.load() == joined; });
     caller_sleeps.store(false);
   }

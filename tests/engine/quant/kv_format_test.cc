@@ -145,7 +145,9 @@ TEST(KvParams, ErrorIsAtMostHalfAStepOfTheStoredScale) {
         for (float& value : x) value = normal(random);
         if (trial % 3 == 0) x[5] *= 100.0f;
         const AffineParams p = kv_params(x.data(), 64, bits, scale32);
-        if (!scale32) ASSERT_EQ(float_from_half(half_from_float(p.scale)), p.scale);
+        if (!scale32) {
+          ASSERT_EQ(float_from_half(half_from_float(p.scale)), p.scale);
+        }
         ASSERT_EQ(p.zero, std::floor(p.zero));
         for (const float value : x) {
           const float back = (static_cast<float>(affine_code(value, p, bits)) - p.zero) * p.scale;
