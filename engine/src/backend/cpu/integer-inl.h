@@ -2,10 +2,14 @@
 // every target: each int32 lane gains the sum of its 4 byte products, exactly. Included once per
 // SIMD target.
 //
-// Targets with a dot product instruction add it up in int32 at once. On the others a multiply-add
-// gives sums of pairs in int16, and several of these fit in int16 before they must be widened:
-// that halves the work of the usual sequence. Codes above 4 bits are cut into two planes of 4 bits
-// there, so that no pair can overflow.
+// Targets with a dot product instruction (FRAMEQUILT_DIRECT_DOT) add it up in int32 at once. On the
+// others a multiply-add gives sums of pairs in int16, and several of these fit in int16 before they
+// must be widened: that halves the work of the usual sequence. Codes that are too wide for the
+// instruction are cut into two planes of 4 bits: above 4 bits for pairs, so that none can overflow,
+// and above 7 where the instruction takes signed bytes only.
+//
+// Highway has one target for all NEON processors. A file that defines FRAMEQUILT_NEON_DOT before it
+// includes this is for those with an extension: 1 for SDOT (signed bytes), 2 for USDOT.
 #if defined(FRAMEQUILT_CPU_INTEGER_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FRAMEQUILT_CPU_INTEGER_INL_H_
 #undef FRAMEQUILT_CPU_INTEGER_INL_H_
@@ -15,6 +19,15 @@
 
 #include "hwy/highway.h"
 #include "src/backend/cpu/tiles-inl.h"
+
+#undef FRAMEQUILT_DOT_NAMESPACE
+#if FRAMEQUILT_NEON_DOT == 2
+#define FRAMEQUILT_DOT_NAMESPACE neon_i8mm
+#elif FRAMEQUILT_NEON_DOT == 1
+#define FRAMEQUILT_DOT_NAMESPACE neon_dot
+#else
+#define FRAMEQUILT_DOT_NAMESPACE any_processor
+#endif
 
 #if HWY_ARCH_X86
 #include <immintrin.h>
@@ -30,21 +43,40 @@ namespace HWY_NAMESPACE {
 #if FRAMEQUILT_HAVE_SIMD && (HWY_ARCH_X86 || HWY_ARCH_ARM_A64)
 #define FRAMEQUILT_HAVE_DOT 1
 
+#undef FRAMEQUILT_DIRECT_DOT
+#if HWY_TARGET == HWY_AVX3_DL || FRAMEQUILT_NEON_DOT
+#define FRAMEQUILT_DIRECT_DOT 1
+#else
+#define FRAMEQUILT_DIRECT_DOT 0
+#endif
+
+// What differs between the files of one Highway target needs names of its own.
+inline namespace FRAMEQUILT_DOT_NAMESPACE {
+
 using DI = hn::Rebind<int32_t, DF>;
 using VI = hn::Vec<DI>;
 
-#if HWY_TARGET == HWY_AVX3_DL
+#if FRAMEQUILT_DIRECT_DOT
 
-constexpr bool kDirectDot = true;
-// In assembly, because the target that Highway enables does not name this instruction.
+// In assembly, because the targets that Highway enables do not name these instructions. On Arm the
+// assembler has to be told; the compiler goes on without them.
 HWY_INLINE VI DirectDot(VI sum, VU codes, VU inputs) {
+#if HWY_ARCH_X86
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(codes.raw), "v"(inputs.raw));
+#elif FRAMEQUILT_NEON_DOT == 2
+  __asm__(".arch armv8.2-a+crypto+i8mm\n\tusdot %0.4s, %1.16b, %2.16b"
+          : "+w"(sum.raw)
+          : "w"(codes.raw), "w"(inputs.raw));
+#else
+  __asm__(".arch armv8.2-a+crypto+dotprod\n\tsdot %0.4s, %1.16b, %2.16b"
+          : "+w"(sum.raw)
+          : "w"(codes.raw), "w"(inputs.raw));
+#endif
   return sum;
 }
 
 #else
 
-constexpr bool kDirectDot = false;
 using DS = hn::Repartition<int16_t, DI>;
 using VS = hn::Vec<DS>;
 
@@ -91,46 +123,66 @@ HWY_INLINE VI AddPairs(VI sum, VS pairs) {
 
 #endif
 
+// Codes of so many bits are multiplied whole.
+#if !FRAMEQUILT_DIRECT_DOT
+constexpr int kWholeBits = 4;
+#elif FRAMEQUILT_NEON_DOT == 1  // signed bytes
+constexpr int kWholeBits = 7;
+#else
+constexpr int kWholeBits = 8;
+#endif
 // Planes of 4 bits that a word of codes is cut into.
 template <int kBits>
-constexpr int kDotPlanes = !kDirectDot && kBits > 4 ? 2 : 1;
+constexpr int kDotPlanes = kBits > kWholeBits ? 2 : 1;
 // Add()s until Flush() is due: pair sums of a plane are at most 2 * 15 * 128, and 8 of them fit.
 constexpr int kDotPeriod = 8;
 static_assert(kDotPeriod * 2 * 15 * 128 <= 32767);
 
-// One accumulator: kLanes sums.
+// One accumulator: kLanes sums. Total() is complete after a Flush().
+#if FRAMEQUILT_DIRECT_DOT
 template <int kPlanes>
 struct DotSum {
-  VI total;
-#if HWY_TARGET != HWY_AVX3_DL
-  VS part[kPlanes];
-#endif
+  VI sums[kPlanes];
 
   HWY_INLINE void Start() {
-    total = hn::Zero(DI());
-#if HWY_TARGET != HWY_AVX3_DL
-    Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE { part[p] = hn::Zero(DS()); });
-#endif
+    Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE { sums[p] = hn::Zero(DI()); });
   }
   // codes: kPlanes words.
   HWY_INLINE void Add(const VU* codes, VU inputs) {
-#if HWY_TARGET == HWY_AVX3_DL
-    total = DirectDot(total, codes[0], inputs);
+    Unrolled<kPlanes>([&](auto p)
+                          FRAMEQUILT_INLINE { sums[p] = DirectDot(sums[p], codes[p], inputs); });
+  }
+  HWY_INLINE void Flush() {}
+  HWY_INLINE VI Total() const {
+    if constexpr (kPlanes == 1) return sums[0];
+    return hn::Add(sums[0], hn::ShiftLeft<4>(sums[kPlanes - 1]));
+  }
+};
 #else
+template <int kPlanes>
+struct DotSum {
+  VI total;
+  VS part[kPlanes];
+
+  HWY_INLINE void Start() {
+    total = hn::Zero(DI());
+    Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE { part[p] = hn::Zero(DS()); });
+  }
+  // codes: kPlanes words.
+  HWY_INLINE void Add(const VU* codes, VU inputs) {
     Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE {
       part[p] = hn::Add(part[p], PairProducts(codes[p], inputs));
     });
-#endif
   }
   HWY_INLINE void Flush() {
-#if HWY_TARGET != HWY_AVX3_DL
     Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE {
       total = AddPairs < p == 0 ? 1 : 16 > (total, part[p]);
       part[p] = hn::Zero(DS());
     });
-#endif
   }
+  HWY_INLINE VI Total() const { return total; }
 };
+#endif
 
 // The planes of a word of codes.
 template <int kBits>
@@ -149,6 +201,8 @@ HWY_INLINE VU FourInputs(const int8_t* inputs) {
   __builtin_memcpy(&word, inputs, sizeof word);
   return hn::Set(DU(), word);
 }
+
+}  // namespace FRAMEQUILT_DOT_NAMESPACE
 
 #else
 #define FRAMEQUILT_HAVE_DOT 0

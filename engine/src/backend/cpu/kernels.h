@@ -32,6 +32,8 @@ Kernels scalar_kernels();
 void fill_linear_kernels(Kernels& kernels);
 void fill_planes_linear_kernels(Kernels& kernels);
 void fill_integer_linear_kernels(Kernels& kernels);
+void fill_neon_dot_linear_kernels(Kernels& kernels);  // 64-bit Arm only, both
+void fill_neon_i8mm_linear_kernels(Kernels& kernels);
 void fill_row_kernels(Kernels& kernels);  // norms, rope, activations, similarity
 void fill_kv_append_kernels(Kernels& kernels);
 void fill_attention_kernels(Kernels& kernels);  // attention, importance

@@ -2,7 +2,8 @@
 // each group's sum is scaled in float32 (ops/ops.h gives the order). Two regimes as in the float32
 // linears: few rows stream the packed weights once; many rows unpack panels of columns to bytes in
 // cache and multiply them in register blocks. Scratch is per thread and kept. Called by the engine
-// thread, runs on the pool.
+// thread, runs on the pool. Included as a whole by the files of NEON's extensions
+// (integer-inl.h).
 #define FRAMEQUILT_WANT_VNNI 1
 #include <algorithm>
 #include <array>
@@ -23,6 +24,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
+inline namespace FRAMEQUILT_DOT_NAMESPACE {
 #if FRAMEQUILT_HAVE_DOT
 
 // --- Outputs ---------------------------------------------------------------------------------
@@ -114,7 +116,7 @@ HWY_NOINLINE void IntegerStreamUnits(const ops::LinearArgs& args, const Inputs& 
       Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
         VF& sum = sums[r * kUnits + u];
         const float of_inputs = inputs.sums[row_of(r) * inputs.spans + span];
-        sum = AddSpan(sum, dots[r * kUnits + u].total, numbers, of_inputs);
+        sum = AddSpan(sum, dots[r * kUnits + u].Total(), numbers, of_inputs);
       });
     });
   }
@@ -202,24 +204,34 @@ struct IntegerBlock {
   bool first = false;     // start from 0 instead of from sums
 };
 
-// totals[row][vector] += products of `steps` words of a panel and of the inputs of some rows.
-#if HWY_TARGET == HWY_AVX3_DL
+// totals[row][vector], 0 before: products of `steps` words of a panel and of the inputs of some
+// rows.
+#if FRAMEQUILT_DIRECT_DOT
+// Of two planes the high one goes first, so that both share their accumulators.
 template <int kPlanes, int kRows>
 HWY_INLINE void AddProducts(const uint32_t* HWY_RESTRICT panel, const int8_t* HWY_RESTRICT x,
                             int64_t x_stride, int64_t steps, VI* totals) {
   constexpr int kVectors = kIntegerVectors;
-  for (int64_t step = 0; step < steps; ++step, panel += kVectors * kLanes, x += 4) {
-    VU codes[kVectors];
-    Unrolled<kVectors>([&](auto v)
-                           FRAMEQUILT_INLINE { codes[v] = hn::Load(DU(), panel + v * kLanes); });
-    Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-      const VU inputs = FourInputs(x + r * x_stride);
-      Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
-        VI& total = totals[r * kVectors + v];
-        total = DirectDot(total, codes[v], inputs);
+  Unrolled<kPlanes>([&](auto pass) FRAMEQUILT_INLINE {
+    if constexpr (pass > 0) {
+      Unrolled<kRows * kVectors>(
+          [&](auto i) FRAMEQUILT_INLINE { totals[i] = hn::ShiftLeft<4>(totals[i]); });
+    }
+    const uint32_t* HWY_RESTRICT words = panel + (kPlanes - 1 - pass) * kVectors * kLanes;
+    const int8_t* HWY_RESTRICT row = x;
+    for (int64_t step = 0; step < steps; ++step, words += kPlanes * kVectors * kLanes, row += 4) {
+      VU codes[kVectors];
+      Unrolled<kVectors>([&](auto v)
+                             FRAMEQUILT_INLINE { codes[v] = hn::Load(DU(), words + v * kLanes); });
+      Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+        const VU inputs = FourInputs(row + r * x_stride);
+        Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+          VI& total = totals[r * kVectors + v];
+          total = DirectDot(total, codes[v], inputs);
+        });
       });
-    });
-  }
+    }
+  });
 }
 #else
 // Pair sums stay in registers for kDotPeriod steps: all vectors at once, or, where codes have two
@@ -445,6 +457,7 @@ void IntegerW4(const ops::LinearArgs& args, ThreadPool& pool) { RunInteger<4>(ar
 void IntegerW3(const ops::LinearArgs& args, ThreadPool& pool) { RunInteger<3>(args, pool); }
 void IntegerW2(const ops::LinearArgs& args, ThreadPool& pool) { RunInteger<2>(args, pool); }
 
+}  // namespace FRAMEQUILT_DOT_NAMESPACE
 }  // namespace HWY_NAMESPACE
 }  // namespace fq::backend::cpu
 HWY_AFTER_NAMESPACE();
@@ -459,7 +472,13 @@ HWY_EXPORT(IntegerW4);
 HWY_EXPORT(IntegerW3);
 HWY_EXPORT(IntegerW2);
 
+#if FRAMEQUILT_NEON_DOT == 2
+void fill_neon_i8mm_linear_kernels(Kernels& kernels) {
+#elif FRAMEQUILT_NEON_DOT == 1
+void fill_neon_dot_linear_kernels(Kernels& kernels) {
+#else
 void fill_integer_linear_kernels(Kernels& kernels) {
+#endif
   kernels.linear_integer[8] = &HWY_DYNAMIC_DISPATCH(IntegerW8);
   kernels.linear_integer[6] = &HWY_DYNAMIC_DISPATCH(IntegerW6);
   kernels.linear_integer[5] = &HWY_DYNAMIC_DISPATCH(IntegerW5);

@@ -10,7 +10,27 @@
 
 #include "hwy/highway.h"  // after the line above
 
+#if HWY_ARCH_ARM_A64 && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace fq::backend::cpu {
+namespace {
+
+// Best first: the extensions of the machine that add targets to Highway's NEON target `bit`.
+std::vector<Target> extended_targets([[maybe_unused]] int64_t bit) {
+  std::vector<Target> targets;
+#if HWY_ARCH_ARM_A64 && defined(__linux__)
+  const bool dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+  const bool i8mm = (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
+  if (i8mm) targets.push_back({"neon_i8mm", bit, &fill_neon_i8mm_linear_kernels});
+  if (dot) targets.push_back({"neon_dot", bit, &fill_neon_dot_linear_kernels});
+#endif
+  return targets;
+}
+
+}  // namespace
 
 std::vector<Target> simd_targets() {
   std::vector<Target> targets;
@@ -18,6 +38,7 @@ std::vector<Target> simd_targets() {
   for (int64_t left = hwy::SupportedTargets() & HWY_TARGETS; left != 0; left &= left - 1) {
     const int64_t bit = left & -left;
     if (bit == HWY_SCALAR || bit == HWY_EMU128) continue;
+    if (targets.empty()) targets = extended_targets(bit);
     Target target{hwy::TargetName(bit), bit};
     for (char& c : target.name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     targets.push_back(target);
@@ -33,7 +54,11 @@ Kernels simd_kernels(const Target& target) {
   Kernels kernels;
   fill_linear_kernels(kernels);
   fill_planes_linear_kernels(kernels);
-  fill_integer_linear_kernels(kernels);
+  if (target.fill_extension != nullptr) {
+    target.fill_extension(kernels);
+  } else {
+    fill_integer_linear_kernels(kernels);
+  }
   fill_row_kernels(kernels);
   fill_kv_append_kernels(kernels);
   fill_attention_kernels(kernels);
