@@ -21,18 +21,23 @@ namespace HWY_NAMESPACE {
 
 constexpr int64_t kTileRows = 96;
 
-// One head of one block of rows: K transposed and V packed once, then tiles of queries.
+// One head of one block of rows: K transposed and V packed once, then tiles of queries. K lies as
+// panels [head_dim][64] one behind the other: rows of a panel that were as far apart as the tokens
+// are many would fall into few sets of the cache.
 void EncoderItem(const ops::EncoderAttentionArgs& args, int64_t block, int64_t head,
                  AttentionScratch& s) {
   const int64_t dims = args.head_dim, tokens = args.tokens;
   const int64_t base = block * tokens * args.stride + head * dims;
-  const int64_t k_stride = RoundUp(tokens, kBlock), v_stride = RoundUp(dims, kLanes);
+  const int64_t v_stride = RoundUp(dims, kLanes);
+  const auto k_panel = [&](int64_t token) { return s.k.data() + token / kBlock * dims * kBlock; };
   // Columns behind the last token are computed with but never used: they need a value.
-  for (int64_t d = 0; d < dims; ++d)
-    std::fill_n(s.k.data() + d * k_stride + tokens, k_stride - tokens, 0.0f);
+  const int64_t behind = (kBlock - tokens % kBlock) % kBlock;
+  for (int64_t d = 0; d < dims && behind > 0; ++d)
+    std::fill_n(k_panel(tokens) + d * kBlock + tokens % kBlock, behind, 0.0f);
   for (int64_t t = 0; t < tokens; ++t) {
     const float* const k = args.k + base + t * args.stride;
-    for (int64_t d = 0; d < dims; ++d) s.k[static_cast<size_t>(d * k_stride + t)] = k[d];
+    float* const to = k_panel(t) + t % kBlock;
+    for (int64_t d = 0; d < dims; ++d) to[d * kBlock] = k[d];
     float* const v = s.v.data() + t * v_stride;
     std::memcpy(v, args.v + base + t * args.stride, static_cast<size_t>(dims) * sizeof(float));
     std::fill_n(v + dims, v_stride - dims, 0.0f);
@@ -44,8 +49,8 @@ void EncoderItem(const ops::EncoderAttentionArgs& args, int64_t block, int64_t h
     const float* const q = args.q + base + row * args.stride;
     for (int64_t begin = 0; begin < tokens; begin += kBlock) {
       const int64_t count = std::min(kBlock, tokens - begin), whole = RoundUp(count, kLanes);
-      PanelScores(q, args.stride, rows, dims, {s.k.data() + begin, k_stride}, whole,
-                  s.scores.data(), kBlock);
+      PanelScores(q, args.stride, rows, dims, {k_panel(begin), kBlock}, whole, s.scores.data(),
+                  kBlock);
       for (int64_t r = 0; r < rows; ++r)
         state.AddScores(r, s.scores.data() + r * kBlock, count, whole, args.scale);
       PanelValues(s.scores.data(), rows, count, {s.v.data() + begin * v_stride, v_stride}, v_stride,
