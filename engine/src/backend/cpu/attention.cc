@@ -41,8 +41,7 @@ Ahead AheadOfV(const KvPageLayout& layout, const std::byte* head) {
 
 // Scores (before the softmax's scale) of `rows` query rows with `tokens` tokens of a page.
 void PageScores(const KvPageLayout& layout, const std::byte* head, const float* q, int64_t rows,
-                int64_t tokens, AttentionScratch& s, float* scores, int64_t stride,
-                const Ahead& ahead) {
+                int64_t tokens, AttentionScratch& s, float* scores, int64_t stride, Ahead ahead) {
   const DF df;
   const KvPart& part = layout.k;
   const PageParams params = ReadParams(layout, part, head, s.params.data());
@@ -55,7 +54,7 @@ void PageScores(const KvPageLayout& layout, const std::byte* head, const float* 
                               .c = scores,
                               .c_stride = stride,
                               .tokens = tokens,
-                              .ahead = ahead};
+                              .ahead = &ahead};
     if (part.bits == 16) return ScoresOfPage<16>(product, rows);
     return WithBits(part.bits,
                     [&](auto bits) FRAMEQUILT_INLINE { ScoresOfPage<bits>(product, rows); });
@@ -115,8 +114,7 @@ void PageValues(const KvPageLayout& layout, const std::byte* head, const float* 
                                 .c_stride = out_stride,
                                 .tokens = tokens,
                                 .group = g,
-                                .ahead = ahead};
-      ahead = {};
+                                .ahead = &ahead};
       if (part.bits == 16) {
         ValuesOfPage<16>(product, rows);
       } else {

@@ -46,7 +46,7 @@ struct PageProduct {
   int64_t c_stride = 0;
   int64_t tokens = 0;
   int64_t group = 0;
-  Ahead ahead;
+  Ahead* ahead = nullptr;  // goes on from one group and pass to the next
 };
 
 // Lines of kVectors vectors of columns of a unit: to ask for so many keeps pace with reading.
@@ -91,10 +91,10 @@ struct RowUnit<16> {
 
 // dot of kRows rows with all tokens of the page, over the dims of one group.
 template <int kBits, int kRows, int kVectors>
-HWY_NOINLINE void ScoreKernel(PageProduct& x) {
+HWY_NOINLINE void ScoreKernel(const PageProduct& x) {
   using Unit = RowUnit<kBits>;
   const DF df;
-  Ahead ahead = x.ahead;
+  Ahead ahead = *x.ahead;
   const int64_t begin = x.group * x.part->group, end = begin + x.part->group;
   const float* const scales = kBits <= 8 ? x.params.scales + x.group * kPageTokens : nullptr;
   const float* const zeros = kBits <= 8 ? x.params.zeros + x.group * kPageTokens : nullptr;
@@ -150,15 +150,15 @@ HWY_NOINLINE void ScoreKernel(PageProduct& x) {
       hn::Store(sum, df, c);
     });
   }
-  x.ahead = ahead;
+  *x.ahead = ahead;
 }
 
 // c += weights x V over the tokens, for kVectors vectors of columns from `column`.
 template <int kBits, int kRows, int kVectors>
-HWY_NOINLINE void ValueKernel(PageProduct& x, int64_t column) {
+HWY_NOINLINE void ValueKernel(const PageProduct& x, int64_t column) {
   using Unit = RowUnit<kBits>;
   const DF df;
-  Ahead ahead = x.ahead;
+  Ahead ahead = *x.ahead;
   const float* const zeros = kBits <= 8 ? x.params.zeros + x.group * kPageTokens : nullptr;
   float* const c = x.c + column;
   VF acc[kRows * kVectors];
@@ -196,7 +196,7 @@ HWY_NOINLINE void ValueKernel(PageProduct& x, int64_t column) {
   Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE {
     hn::Store(acc[i], df, c + i / kVectors * x.c_stride + i % kVectors * kLanes);
   });
-  x.ahead = ahead;
+  *x.ahead = ahead;
 }
 
 // Rows that share an unpacked word: the query heads of a kv head in most models, so that a page is
@@ -204,7 +204,7 @@ HWY_NOINLINE void ValueKernel(PageProduct& x, int64_t column) {
 constexpr int kProductRows = kManyRegisters ? 8 : 4;
 // Vectors of columns that a kernel for kRows rows holds sums of.
 template <int kRows>
-constexpr int kProductVectors = kManyRegisters&& kRows <= 4 ? 4 : 2;
+constexpr int kProductVectors = (kManyRegisters && kRows <= 4) ? 4 : 2;
 static_assert(kPageTokens % (4 * kLanes) == 0);
 
 // Calls f(integral_constant<count>) for the rows of a pass, 1 .. kProductRows.
@@ -244,7 +244,7 @@ template <int kBits>
 void ValuesOfPage(const PageProduct& x, int64_t rows) {
   const int64_t begin = x.group * x.part->group;
   const int64_t end = RoundUp(begin + x.part->group, kLanes);
-  InPasses(x, rows, [&](PageProduct& part, int64_t count) FRAMEQUILT_INLINE {
+  InPasses(x, rows, [&](const PageProduct& part, int64_t count) FRAMEQUILT_INLINE {
     WithRows(count, [&](auto r) FRAMEQUILT_INLINE {
       constexpr int kVectors = kProductVectors<r>;
       int64_t column = begin;
