@@ -183,7 +183,9 @@ class Programs:
 
         def command(options: dict[str, Any]) -> tuple[str, ...]:
             result = [str(self.build / "bench_engine"), str(model), mode]
-            for key, value in {"threads": self.threads, **options}.items():
+            # A warm-up of the full size would count twice in a CPU time.
+            more = {"warm-up": 0} if self.cpu and mode in ("prefill", "vision") else {}
+            for key, value in {"threads": self.threads, **more, **options}.items():
                 result += [f"--{key.replace('_', '-')}", str(value)]
             return tuple(result)
 
@@ -241,7 +243,11 @@ class Programs:
         def command(arguments: Sequence[str | Path]) -> tuple[str, ...]:
             return (python, str(WORKER), *map(str, arguments))
 
-        variables = (("BENCH_THREADS", str(self.threads)), ("OMP_NUM_THREADS", str(self.threads)))
+        variables = (
+            ("BENCH_THREADS", str(self.threads)),
+            ("BENCH_WARM_UP", "short" if self.cpu else "full"),
+            ("OMP_NUM_THREADS", str(self.threads)),
+        )
         short = command(less) if less else ()
         return Runner(label, command(arguments), last_json, variables, short, work, rate)
 

@@ -46,9 +46,11 @@ void DecoderAttention::forward(float* x, int64_t rows, const int32_t* positions,
   float* out = v + rows * kv_width;
 
   norm_->run(x, normed, rows, pool);
-  q_->run(normed, hidden_, rows, q, q_width, false, pool);
-  k_->run(normed, hidden_, rows, k, kv_width, false, pool);
-  v_->run(normed, hidden_, rows, v, kv_width, false, pool);
+  const Linear* const linears[] = {&*q_, &*k_, &*v_};
+  ops::LinearArgs list[] = {q_->args(normed, hidden_, rows, q, q_width),
+                            k_->args(normed, hidden_, rows, k, kv_width),
+                            v_->args(normed, hidden_, rows, v, kv_width)};
+  run_together(linears, list, pool);
   rope_({.x = q,
          .stride = q_width,
          .rows = rows,
@@ -158,9 +160,11 @@ void EncoderAttention::forward(float* x, int64_t blocks, int64_t tokens, float* 
   float* v = k + rows * width;
   float* out = v + rows * width;
   norm_->run(x, normed, rows, pool);
-  q_->run(normed, hidden_, rows, q, width, false, pool);
-  k_->run(normed, hidden_, rows, k, width, false, pool);
-  v_->run(normed, hidden_, rows, v, width, false, pool);
+  const Linear* const linears[] = {&*q_, &*k_, &*v_};
+  ops::LinearArgs list[] = {q_->args(normed, hidden_, rows, q, width),
+                            k_->args(normed, hidden_, rows, k, width),
+                            v_->args(normed, hidden_, rows, v, width)};
+  run_together(linears, list, pool);
   attention_({.q = q,
               .k = k,
               .v = v,

@@ -24,7 +24,7 @@ Result<Linear> Linear::bind(const Binder& binder, const std::string& slot, bool 
 }
 
 // Rows become the numbers that their codes stand for.
-void Linear::run_exact(ops::LinearArgs args, ThreadPool& pool) const {
+void Linear::run_exact(const ops::LinearArgs& args, ThreadPool& pool) const {
   static thread_local AlignedBuffer<float> own;  // of the engine thread; the pool writes to it
   const int64_t in = weights_.in;
   own.reserve(static_cast<size_t>(args.rows * in));
@@ -38,10 +38,14 @@ void Linear::run_exact(ops::LinearArgs args, ThreadPool& pool) const {
       rows[r * in + i] = static_cast<float>(codes[static_cast<size_t>(i)] - row.zero) * row.scale;
     }
   });
-  args.x = rows;
-  args.x_stride = in;
-  args.activations = {};
-  fn_(args, pool);
+  for (const ops::LinearArgs* next = &args; next != nullptr; next = next->next) {
+    ops::LinearArgs one = *next;
+    one.x = rows;
+    one.x_stride = in;
+    one.activations = {};
+    one.next = nullptr;
+    fn_(one, pool);
+  }
 }
 
 // One product with inputs of 1 reads all weights once; only asymmetric inputs need it.
@@ -62,6 +66,17 @@ Status Linear::bind_row_sums(const Binder& binder) {
       binder.pool);
   weights_.row_sums = row_sums_.data();
   return {};
+}
+
+void run_together(std::span<const Linear* const> linears, std::span<ops::LinearArgs> list,
+                  ThreadPool& pool) {
+  for (size_t first = 0; first < list.size();) {
+    size_t end = first + 1;
+    for (; end < list.size() && linears[first]->joins(*linears[end]); ++end)
+      list[end - 1].next = &list[end];
+    linears[first]->run(list[first], pool);
+    first = end;
+  }
 }
 
 namespace {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <string>
 
 #include "framequilt/status.h"
@@ -34,24 +35,38 @@ class Linear {
   const quant::LinearWeights& weights() const { return weights_; }
   const model::ActivationFormat& activations() const { return activations_; }
 
+  // y[rows, out] = x[rows, in] W^T + bias, as arguments that a caller may add to.
+  ops::LinearArgs args(const float* x, int64_t x_stride, int64_t rows, float* y,
+                       int64_t y_stride) const {
+    return {.x = x,
+            .x_stride = x_stride,
+            .rows = rows,
+            .w = &weights_,
+            .y = y,
+            .y_stride = y_stride,
+            .activations = activations_};
+  }
+  // `args`, and what follows them, are from args() of this linear and of others like it.
+  void run(const ops::LinearArgs& args, ThreadPool& pool) const {
+    if (exact_) return run_exact(args, pool);
+    fn_(args, pool);
+  }
   // y[rows, out] = (or +=) x[rows, in] W^T + bias
   void run(const float* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride,
            bool accumulate, ThreadPool& pool) const {
-    const ops::LinearArgs args{.x = x,
-                               .x_stride = x_stride,
-                               .rows = rows,
-                               .w = &weights_,
-                               .y = y,
-                               .y_stride = y_stride,
-                               .accumulate = accumulate,
-                               .activations = activations_};
-    if (exact_) return run_exact(args, pool);
-    fn_(args, pool);
+    ops::LinearArgs one = args(x, x_stride, rows, y, y_stride);
+    one.accumulate = accumulate;
+    run(one, pool);
+  }
+  // Whether one call computes both from the same inputs: the same kernel and codes of the inputs.
+  bool joins(const Linear& other) const {
+    return fn_ == other.fn_ && exact_ == other.exact_ && activations_ == other.activations_ &&
+           weights_.format == other.weights_.format && weights_.in == other.weights_.in;
   }
 
  private:
   Status bind_row_sums(const Binder& binder);
-  void run_exact(ops::LinearArgs args, ThreadPool& pool) const;
+  void run_exact(const ops::LinearArgs& args, ThreadPool& pool) const;
 
   quant::LinearWeights weights_;
   model::ActivationFormat activations_;
@@ -59,6 +74,11 @@ class Linear {
   bool exact_ = false;             // fn_ takes float32 inputs, which are quantized before
   AlignedBuffer<float> row_sums_;  // what weights_.row_sums points to
 };
+
+// Runs linears of the same inputs in as few calls as their formats allow; list[i] are arguments of
+// linears[i]. Those of a layer have the same format unless a model mixes precisions.
+void run_together(std::span<const Linear* const> linears, std::span<ops::LinearArgs> list,
+                  ThreadPool& pool);
 
 class Norm {
  public:

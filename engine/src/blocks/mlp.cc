@@ -13,29 +13,28 @@ Result<Mlp> Mlp::bind(const Binder& binder, const std::string& layer, const mode
   }
   FQ_ASSIGN_OR_RETURN(mlp.up_, Linear::bind(binder, layer + ".mlp.up", spec.bias));
   FQ_ASSIGN_OR_RETURN(mlp.down_, Linear::bind(binder, layer + ".mlp.down", spec.bias));
-  FQ_ASSIGN_OR_RETURN(mlp.activation_, binder.backend.activation(spec.activation));
   return mlp;
 }
 
-int64_t Mlp::scratch_floats(int64_t rows) const {
-  return rows * (width_ + (gate_ ? 2 : 1) * int64_t{spec_.hidden});
-}
+int64_t Mlp::scratch_floats(int64_t rows) const { return rows * (width_ + int64_t{spec_.hidden}); }
 
 void Mlp::forward(float* x, int64_t rows, float* scratch, ThreadPool& pool) const {
   const int64_t hidden = spec_.hidden;
   float* normed = scratch;
   float* up = normed + rows * width_;
   norm_->run(x, normed, rows, pool);
-  up_->run(normed, width_, rows, up, hidden, false, pool);
+  // The activation is applied where a sum is complete: the widest rows of a layer go through memory
+  // once.
+  ops::LinearArgs list[] = {up_->args(normed, width_, rows, up, hidden), {}};
   if (gate_) {
-    float* gate = up + rows * hidden;
-    gate_->run(normed, width_, rows, gate, hidden, false, pool);
-    activation_({.kind = spec_.activation, .x = gate, .gate = up, .y = up, .count = rows * hidden},
-                pool);
+    list[1] = gate_->args(normed, width_, rows, up, hidden);
+    list[1].activation = spec_.activation;
+    list[1].multiply = true;
+    const Linear* const linears[] = {&*up_, &*gate_};
+    run_together(linears, list, pool);
   } else {
-    activation_(
-        {.kind = spec_.activation, .x = up, .gate = nullptr, .y = up, .count = rows * hidden},
-        pool);
+    list[0].activation = spec_.activation;
+    up_->run(list[0], pool);
   }
   down_->run(up, hidden, rows, x, width_, true, pool);
 }

@@ -24,7 +24,6 @@ class Mlp {
   int width_ = 0;
   std::optional<Norm> norm_;
   std::optional<Linear> gate_, up_, down_;
-  backend::ActivationFn activation_ = nullptr;
 };
 
 }  // namespace fq::blocks

@@ -1,16 +1,18 @@
-// 64-byte aligned, uninitialised float storage that grows but never shrinks: the workspace type of
-// the runtime. Owned by whoever holds it; not thread-safe.
+// Aligned, uninitialised storage that grows but never shrinks: the workspace type of the runtime.
+// Large ones ask for huge pages: kernels walk them in columns, row after row, and with pages of 4
+// KiB every row of a wide matrix is a page of its own. Owned by whoever holds it; not thread-safe.
 #pragma once
 
 #include <cstddef>
-#include <cstdlib>
 #include <memory>
-#include <new>
-#include <span>
 
 namespace fq {
 
 inline constexpr size_t kAlignment = 64;
+
+// `bytes` of uninitialised memory, aligned to kAlignment at least. Throws std::bad_alloc.
+void* allocate_aligned(size_t bytes);
+void free_aligned(void* memory, size_t bytes);  // `bytes` as allocated
 
 template <class T>
 class AlignedBuffer {
@@ -21,7 +23,9 @@ class AlignedBuffer {
   // Makes room for `count` elements. Contents are lost when it has to grow.
   void reserve(size_t count) {
     if (count <= capacity_) return;
-    data_.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(kAlignment))));
+    data_.reset();  // old and new need not exist together
+    capacity_ = 0;
+    data_ = {static_cast<T*>(allocate_aligned(count * sizeof(T))), Free{count * sizeof(T)}};
     capacity_ = count;
   }
   T* data() { return data_.get(); }
@@ -32,7 +36,8 @@ class AlignedBuffer {
 
  private:
   struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(kAlignment)); }
+    size_t bytes = 0;
+    void operator()(T* p) const { free_aligned(p, bytes); }
   };
   std::unique_ptr<T[], Free> data_;
   size_t capacity_ = 0;

@@ -71,6 +71,15 @@ struct ThreadPool::Impl {
 
   alignas(64) std::atomic<uint64_t> gate{0};
   alignas(64) std::atomic<int64_t> next_item{0};
+
+  // Of a loop in streams: what is left of each thread's range, [begin : 32][end : 32]. Its owner
+  // takes items from the front, helpers from the back.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> left{0};
+  };
+  bool streams = false;
+  std::vector<Range> ranges;
+
   alignas(64) std::atomic<uint64_t> left{0};  // workers that joined this loop and finished
   std::atomic<bool> stop{false};
 
@@ -85,12 +94,60 @@ struct ThreadPool::Impl {
   std::vector<std::thread> workers;
 
   void run_items(int thread) {
+    if (streams) return run_stream(thread);
     const Body& call = *body;
     const int64_t count = items;
     for (int64_t i = next_item.fetch_add(1, std::memory_order_relaxed); i < count;
          i = next_item.fetch_add(1, std::memory_order_relaxed)) {
       call(i, thread);
     }
+  }
+
+  static int64_t count_left(uint64_t range) {
+    return static_cast<int64_t>(range & 0xffffffff) - static_cast<int64_t>(range >> 32);
+  }
+
+  void run_stream(int thread) {
+    const Body& call = *body;
+    std::atomic<uint64_t>& own = ranges[static_cast<size_t>(thread)].left;
+    uint64_t range = own.load(std::memory_order_relaxed);
+    while (count_left(range) > 0) {
+      if (own.compare_exchange_weak(range, range + (uint64_t{1} << 32),
+                                    std::memory_order_relaxed)) {
+        call(static_cast<int64_t>(range >> 32), thread);
+        range = own.load(std::memory_order_relaxed);
+      }
+    }
+    while (Range* const victim = longest_range()) {
+      range = victim->left.load(std::memory_order_relaxed);
+      if (count_left(range) > 0 &&
+          victim->left.compare_exchange_weak(range, range - 1, std::memory_order_relaxed)) {
+        call(static_cast<int64_t>(range & 0xffffffff) - 1, thread);
+      }
+    }
+  }
+
+  // The range with most items left, if any is left.
+  Range* longest_range() {
+    Range* longest = nullptr;
+    int64_t most = 0;
+    for (Range& range : ranges) {
+      const int64_t left = count_left(range.left.load(std::memory_order_relaxed));
+      if (left > most) longest = &range, most = left;
+    }
+    return longest;
+  }
+
+  // A loop over `count` items, announced to the workers. What it works on is set up before.
+  void run_loop(const Body& fn, int64_t count) {
+    body = &fn;
+    items = count;
+    left.store(0, std::memory_order_relaxed);
+    const uint64_t loop = (gate.load(std::memory_order_relaxed) >> kLoopShift) + 1;
+    gate.store(loop << kLoopShift | kOpen);
+    wake(count - 1);
+    run_items(0);
+    close_and_wait();
   }
 
   // Joins the open loop, if there is one that is not `seen`; then `seen` is its number.
@@ -168,6 +225,7 @@ struct ThreadPool::Impl {
 ThreadPool::ThreadPool(int threads) : impl_(std::make_unique<Impl>()) {
   if (threads <= 0) threads = available_cores();
   threads = std::min(threads, kMaxThreads);
+  impl_->ranges = std::vector<Impl::Range>(static_cast<size_t>(threads));
   impl_->workers.reserve(static_cast<size_t>(threads - 1));
   for (int i = 1; i < threads; ++i) {
     try {
@@ -195,15 +253,24 @@ void ThreadPool::parallel_for(int64_t items, FunctionRef<void(int64_t item, int 
     for (int64_t i = 0; i < items; ++i) fn(i, 0);
     return;
   }
-  impl_->body = &fn;
-  impl_->items = items;
+  impl_->streams = false;
   impl_->next_item.store(0, std::memory_order_relaxed);
-  impl_->left.store(0, std::memory_order_relaxed);
-  const uint64_t loop = (impl_->gate.load(std::memory_order_relaxed) >> kLoopShift) + 1;
-  impl_->gate.store(loop << kLoopShift | kOpen);
-  impl_->wake(items - 1);
-  impl_->run_items(0);
-  impl_->close_and_wait();
+  impl_->run_loop(fn, items);
+}
+
+void ThreadPool::parallel_streams(int64_t items, FunctionRef<void(int64_t item, int thread)> fn) {
+  if (items <= 1 || impl_->workers.empty()) {
+    for (int64_t i = 0; i < items; ++i) fn(i, 0);
+    return;
+  }
+  impl_->streams = true;
+  const int64_t count = threads();
+  for (int64_t t = 0; t < count; ++t) {
+    const auto begin = static_cast<uint64_t>(items * t / count);
+    const auto end = static_cast<uint64_t>(items * (t + 1) / count);
+    impl_->ranges[static_cast<size_t>(t)].left.store(begin << 32 | end, std::memory_order_relaxed);
+  }
+  impl_->run_loop(fn, items);
 }
 
 }  // namespace fq

@@ -24,6 +24,11 @@ class ThreadPool {
   // Calls fn(item, thread) for every item in [0, items); thread in [0, threads()).
   void parallel_for(int64_t items, FunctionRef<void(int64_t item, int thread)> fn);
 
+  // The same, where neighbouring items read neighbouring memory: a thread gets consecutive items,
+  // so that what it reads is one stream, and helps out at the end of other threads' ranges when its
+  // own is done. At most 2^31 items.
+  void parallel_streams(int64_t items, FunctionRef<void(int64_t item, int thread)> fn);
+
  private:
   struct Impl;
   std::unique_ptr<Impl> impl_;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "src/ops/math.h"
 #include "src/ops/ops.h"
 #include "src/quant/activations.h"
 
@@ -13,7 +14,8 @@ namespace {
 void finish(const LinearArgs& args, int64_t row, int o, float sum) {
   if (args.w->bias != nullptr) sum += args.w->bias[o];
   float* const y = args.y + row * args.y_stride + o;
-  *y = args.accumulate ? sum + *y : sum;
+  if (args.activation) sum = activate(*args.activation, sum);
+  *y = args.accumulate ? sum + *y : args.multiply ? sum * *y : sum;
 }
 
 void integer_reference(const LinearArgs& args) {
@@ -55,10 +57,7 @@ void integer_reference(const LinearArgs& args) {
   }
 }
 
-}  // namespace
-
-void linear_reference(const LinearArgs& args) {
-  if (args.activations.quantized()) return integer_reference(args);
+void float_reference(const LinearArgs& args) {
   const quant::LinearWeights& w = *args.w;
   std::vector<float> weight(static_cast<size_t>(w.in));
   for (int o = 0; o < w.out; ++o) {
@@ -68,6 +67,18 @@ void linear_reference(const LinearArgs& args) {
       float sum = 0.0f;
       for (int i = 0; i < w.in; ++i) sum = std::fma(x[i], weight[static_cast<size_t>(i)], sum);
       finish(args, row, o, sum);
+    }
+  }
+}
+
+}  // namespace
+
+void linear_reference(const LinearArgs& args) {
+  for (const LinearArgs* one = &args; one != nullptr; one = one->next) {
+    if (one->activations.quantized()) {
+      integer_reference(*one);
+    } else {
+      float_reference(*one);
     }
   }
 }

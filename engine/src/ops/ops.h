@@ -7,17 +7,19 @@
 // rows, in which tile or on which thread it is computed. So fast kernels accumulate each output in
 // one fixed order over its reduction axis:
 //   linear:     one float32 accumulator per output, inputs in ascending order, fused multiply-add
-//               of the dequantized weight; then + bias; then, if `accumulate`, + the old value.
+//               of the dequantized weight; then + bias; then the activation, if any; then, if
+//               `accumulate`, + the old value, or, if `multiply`, * the old value.
 //               Quantized inputs: products summed as integers over each group (at most
 //               kIntegerSpan inputs), then for each in ascending order sum = fma(scale, products,
 //               sum), sum = fma(shift, inputs, sum), shift = -zero * scale or the offset;
-//               then (asymmetric) - zero_x * row_sums; then * scale_x, + bias, + old value.
+//               then (asymmetric) - zero_x * row_sums; then * scale_x, + bias and so on.
 //   attention:  scores one accumulator over the dims of a group ascending; softmax online over the
 //               pages of a chunk ascending, chunks merged ascending (see attention.cc).
 //   norms, similarity: 16 interleaved partial sums (see math.h).
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "src/model/spec.h"
@@ -36,8 +38,15 @@ struct LinearArgs {
   bool accumulate = false;  // y += instead of y =
   // Quantized inputs: integer products (engine/CONTRACT.md, 1.4), affine weights only.
   model::ActivationFormat activations = {};
+  // Applied to the sum with its bias: y = act(...). Not together with `accumulate`.
+  std::optional<model::Activation> activation = {};
+  bool multiply = false;  // y = act(...) * old y: the gate of an MLP. Needs `activation`
+  // A further linear of the same inputs (x, x_stride, rows, activations) and the same weight format
+  // and group, computed in the same call: one hand-out of work, inputs quantized once. One that
+  // multiplies has the y and the width of the one before it, and finds it written.
+  const LinearArgs* next = nullptr;
 };
-void linear_reference(const LinearArgs& args);
+void linear_reference(const LinearArgs& args);  // and all that follow
 
 struct NormArgs {
   const float* x = nullptr;  // [rows, width]

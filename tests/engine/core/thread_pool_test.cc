@@ -38,6 +38,26 @@ TEST_P(Threads, RunEveryItemExactlyOnceWithAValidThread) {
   }
 }
 
+TEST_P(Threads, RunEveryItemOfStreamsExactlyOnce) {
+  ThreadPool pool(GetParam());
+  for (const int64_t items : {0, 1, 2, 3, 7, 64, 1000}) {
+    for (int repeat = 0; repeat < 50; ++repeat) {
+      std::vector<std::atomic<int>> runs(static_cast<size_t>(items));
+      std::atomic<bool> valid{true};
+      pool.parallel_streams(items, [&](int64_t item, int thread) {
+        if (item < 0 || item >= items || thread < 0 || thread >= pool.threads()) valid = false;
+        runs[static_cast<size_t>(item)].fetch_add(1);
+      });
+      EXPECT_TRUE(valid);
+      for (const auto& count : runs) EXPECT_EQ(count.load(), 1);
+      // The other kind of loop right after it.
+      std::atomic<int64_t> sum{0};
+      pool.parallel_for(items, [&](int64_t item, int) { sum.fetch_add(item); });
+      EXPECT_EQ(sum.load(), items * (items - 1) / 2);
+    }
+  }
+}
+
 // Plain, unsynchronised memory: each loop reads what another thread wrote in the loop before.
 TEST_P(Threads, SeeWhatTheLoopBeforeWrote) {
   ThreadPool pool(GetParam());
@@ -97,6 +117,27 @@ TEST(ThreadPool, WorkersTakeItemsWhileTheCallerIsBusy) {
 
 // Both threads are inside before either goes on; the worker then takes its time. A loop that
 // returned without waiting for it would leave `done` unset (and hand the worker a dead loop body).
+// Whoever runs item 0 waits until the others are done: its neighbours are taken over from the back.
+TEST(ThreadPool, AThreadGetsConsecutiveItemsOfStreamsAndIsHelpedFromTheBack) {
+  ThreadPool pool(2);
+  constexpr int64_t kItems = 100;
+  std::vector<int64_t> order[2];
+  std::atomic<int64_t> done{0};
+  pool.parallel_streams(kItems, [&](int64_t item, int thread) {
+    order[thread].push_back(item);
+    while (item == 0 && done.load() < kItems - 1) std::this_thread::yield();
+    done.fetch_add(1);
+  });
+  const std::vector<int64_t>& slow = order[0].front() == 0 ? order[0] : order[1];
+  const std::vector<int64_t>& quick = order[0].front() == 0 ? order[1] : order[0];
+  EXPECT_EQ(slow, std::vector<int64_t>{0});
+  ASSERT_EQ(quick.size(), static_cast<size_t>(kItems - 1));
+  for (int64_t i = 0; i < kItems / 2; ++i)  // its own half, in order
+    EXPECT_EQ(quick[static_cast<size_t>(i)], kItems / 2 + i);
+  for (int64_t i = kItems / 2; i < kItems - 1; ++i)
+    EXPECT_EQ(quick[static_cast<size_t>(i)], kItems - 1 - i);
+}
+
 TEST(ThreadPool, ALoopEndsOnlyWhenTheSlowestWorkerHasFinished) {
   ThreadPool pool(2);
   for (int round = 0; round < 5; ++round) {

@@ -50,7 +50,7 @@ HWY_INLINE void ExpAndSum(float* scores, int64_t n, float most, LaneSums& sums) 
     Unrolled<LaneSums::kParts>([&](auto part) FRAMEQUILT_INLINE {
       const int64_t at = t + part * kLanes;
       if (at < n) {
-        const VF p = Exp(hn::Sub(hn::Load(df, scores + at), shift));
+        const VF p = Exp<true>(hn::Sub(hn::Load(df, scores + at), shift));
         hn::Store(p, df, scores + at);
         sums.parts[part] = hn::Add(sums.parts[part], p);
       }
@@ -91,7 +91,7 @@ struct SoftmaxState {
     const float new_most = ScaleAndMax(scores, n, scale, old_most);
     most[row] = new_most;
     float* const row_lanes = lanes + row * kSumLanes;
-    const VF rescale = Exp(hn::Set(df, old_most - new_most));
+    const VF rescale = Exp<true>(hn::Set(df, old_most - new_most));
     LaneSums sums;
     Unrolled<LaneSums::kParts>([&](auto i) FRAMEQUILT_INLINE {
       sums.parts[i] = hn::Mul(hn::Load(df, row_lanes + i * kLanes), rescale);
@@ -110,8 +110,8 @@ struct SoftmaxState {
   HWY_INLINE void Merge(int64_t row, const SoftmaxState& part, int64_t from) const {
     const DF df;
     const float new_most = std::max(most[row], part.most[from]);
-    const VF a = Exp(hn::Set(df, most[row] - new_most));
-    const VF b = Exp(hn::Set(df, part.most[from] - new_most));
+    const VF a = Exp<true>(hn::Set(df, most[row] - new_most));
+    const VF b = Exp<true>(hn::Set(df, part.most[from] - new_most));
     most[row] = new_most;
     const auto merge = [&](float* to, const float* add, int64_t count) FRAMEQUILT_INLINE {
       for (int64_t i = 0; i < count; i += kLanes) {

@@ -119,12 +119,14 @@ template <int kVectors>
 constexpr auto kMicroKernels =
     MakeMicroKernels<kVectors>(std::make_integer_sequence<int, kMaxAccumulators / kVectors>());
 
-// All `rows` of a panel of kVectors vectors. Rows are cut into tiles of even size.
-template <int kVectors>
-inline void GemmPanel(GemmBlock g, int64_t rows) {
+// All `rows` of a panel of kVectors vectors. Rows are cut into tiles of even size; between(tiles)
+// is called before each of them.
+template <int kVectors, class Between>
+inline void GemmPanel(GemmBlock g, int64_t rows, const Between& between) {
   constexpr int64_t kMost = kMaxAccumulators / kVectors;
   const int64_t tiles = (rows + kMost - 1) / kMost;
   for (int64_t tile = 0; tile < tiles; ++tile) {
+    between(tiles);
     const int64_t begin = rows * tile / tiles;
     const int64_t count = rows * (tile + 1) / tiles - begin;
     GemmBlock part = g;
@@ -132,6 +134,11 @@ inline void GemmPanel(GemmBlock g, int64_t rows) {
     part.c += begin * g.c_stride;
     kMicroKernels<kVectors>[static_cast<size_t>(count - 1)](part);
   }
+}
+
+template <int kVectors>
+inline void GemmPanel(const GemmBlock& g, int64_t rows) {
+  GemmPanel<kVectors>(g, rows, [](int64_t) {});
 }
 
 // `columns` a multiple of kLanes. Few rows take wide panels, so that enough accumulators are in

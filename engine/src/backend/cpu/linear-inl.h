@@ -158,22 +158,22 @@ struct PlanesFormat {
   }
 };
 
+// Bytes of a tile for 32 inputs.
+template <class Format>
+constexpr int64_t BytesPer32() {
+  if constexpr (Format::kGroups) {
+    return Format::kBytesPer32;
+  } else {
+    return 32 / Format::kInputs * kBlockBytes;
+  }
+}
+
 template <class Format>
 int64_t TileStride(const LinearWeights& w) {
   if constexpr (Format::kGroups) {
     return w.padded_in() / 32 * Format::kBytesPer32;
   } else {
     return (w.in + Format::kInputs - 1) / Format::kInputs * kBlockBytes;
-  }
-}
-
-// Asks for the block of input `i`. Harmless past the end of the tensor.
-template <class Format>
-HWY_INLINE void PrefetchBlock(const std::byte* data, int64_t i, int64_t tile_stride, int64_t unit) {
-  if constexpr (Format::kGroups) {
-    PrefetchWords(data, tile_stride, unit, i / 32 * Format::kBytesPer32);
-  } else {
-    PrefetchWords(data, tile_stride, unit, i / Format::kInputs * kBlockBytes);
   }
 }
 
@@ -273,24 +273,6 @@ void StreamBlock(const ops::LinearArgs& args, int64_t unit, int64_t count) {
 
 constexpr int64_t kStreamRows = 8;
 
-constexpr int64_t kStreamStep = 4;  // units
-
-// Calls run(unit, count) for all units, in steps.
-template <class Run>
-void ShareUnits(const ops::LinearArgs& args, ThreadPool& pool, const Run& run) {
-  const int64_t units = int64_t{args.w->tiles} * kTileRows / kLanes;
-  const int64_t steps = (units + kStreamStep - 1) / kStreamStep;
-  // Shares of consecutive columns: long streams, few hand-outs, yet a slow thread can be helped.
-  const int64_t shares =
-      std::min<int64_t>(steps, int64_t{pool.threads()} * (pool.threads() == 1 ? 1 : 8));
-  pool.parallel_for(shares, [&](int64_t share, int) {
-    const int64_t end = std::min(units, steps * (share + 1) / shares * kStreamStep);
-    for (int64_t unit = steps * share / shares * kStreamStep; unit < end; unit += kStreamStep) {
-      run(unit, std::min(kStreamStep, end - unit));
-    }
-  });
-}
-
 // Rows go in one or two blocks; the second finds the step's weights in cache.
 template <class Format>
 void Stream(const ops::LinearArgs& args, ThreadPool& pool) {
@@ -301,13 +283,14 @@ void Stream(const ops::LinearArgs& args, ThreadPool& pool) {
   const int64_t first = eight || args.rows <= 4 ? args.rows : (args.rows + 1) / 2;
   const BlockFn all_eight = &StreamBlock < Format, kManyRegisters ? 8 : 4 > ;
   const BlockFn run_first = eight ? all_eight : kBlocks[first - 1];
-  ops::LinearArgs rest = args;
-  rest.x += first * args.x_stride;
-  rest.y += first * args.y_stride;
-  rest.rows -= first;
-  ShareUnits(args, pool, [&](int64_t unit, int64_t count) {
-    run_first(args, unit, count);
-    if (rest.rows > 0) kBlocks[rest.rows - 1](rest, unit, count);
+  StreamSteps(args, pool, [&](const ops::LinearArgs& one, int64_t unit, int64_t count) {
+    run_first(one, unit, count);
+    if (first == one.rows) return;
+    ops::LinearArgs rest = one;
+    rest.x += first * one.x_stride;
+    rest.y += first * one.y_stride;
+    rest.rows -= first;
+    kBlocks[rest.rows - 1](rest, unit, count);
   });
 }
 
@@ -316,7 +299,7 @@ void Stream(const ops::LinearArgs& args, ThreadPool& pool) {
 constexpr int64_t kPanelColumns = 2 * kLanes;
 constexpr int64_t kGroupColumns = 64;                      // columns of one item of work
 constexpr int64_t kInputBlock = kLanes == 16 ? 192 : 256;  // a panel of this many inputs fits L1
-constexpr int64_t kRowBlock = 192;                         // rows of one item of work
+constexpr int64_t kRowBlock = 384;                         // rows of one item of work
 
 // Weights [begin, end) x unit as float32 into panel[(i - begin) * stride]. `begin` is a multiple of
 // kInputs.
@@ -334,7 +317,6 @@ HWY_NOINLINE void DequantizeUnit(const LinearWeights& w, int64_t unit, int64_t b
     const typename Format::Group group = Format::LoadGroup(w, unit, group_index);
     for (; i < group_end; i += kInputs) {  // may write past `end` within the last block
       const typename Format::Block opened = Format::Open(data, i, tile_stride, unit);
-      PrefetchBlock<Format>(data, i + end - begin, tile_stride, unit);  // the next panel
       Unrolled<kInputs>([&](auto input) FRAMEQUILT_INLINE {
         hn::Store(Format::template Weight<input>(opened, group), df, panel);
         panel += stride;
@@ -343,25 +325,35 @@ HWY_NOINLINE void DequantizeUnit(const LinearWeights& w, int64_t unit, int64_t b
   }
 }
 
-// Any number of rows, through panels that `dequantize` fills. Defined in linear.cc: compiled once.
-using DequantizeFn = void (*)(const LinearWeights& w, int64_t unit, int64_t begin, int64_t end,
-                              float* panel, int64_t stride);
-void RunPanels(const ops::LinearArgs& args, ThreadPool& pool, DequantizeFn dequantize);
+// What panels need to know of a format.
+struct PanelFormat {
+  void (*dequantize)(const LinearWeights& w, int64_t unit, int64_t begin, int64_t end, float* panel,
+                     int64_t stride);
+  int64_t tile_stride, bytes_per_32;
+};
+template <class Format>
+PanelFormat PanelFormatOf(const LinearWeights& w) {
+  return {&DequantizeUnit<Format>, TileStride<Format>(w), BytesPer32<Format>()};
+}
+
+// Any number of rows, through panels. Defined in linear.cc: compiled once.
+void RunPanels(const ops::LinearArgs& args, ThreadPool& pool, const PanelFormat& format);
 
 template <class Format>
 void RunLinear(const ops::LinearArgs& args, ThreadPool& pool) {
   if (args.rows == 0) return;
   if (args.rows <= kStreamRows) return Stream<Format>(args, pool);
-  RunPanels(args, pool, &DequantizeUnit<Format>);
+  RunPanels(args, pool, PanelFormatOf<Format>(*args.w));
 }
 
 // The same for formats that are rarely met: only a single row is streamed.
 template <class Format>
 void RunLinearSmall(const ops::LinearArgs& args, ThreadPool& pool) {
   if (args.rows == 0) return;
-  if (args.rows > 1) return RunPanels(args, pool, &DequantizeUnit<Format>);
-  ShareUnits(args, pool,
-             [&](int64_t unit, int64_t count) { StreamBlock<Format, 1>(args, unit, count); });
+  if (args.rows > 1) return RunPanels(args, pool, PanelFormatOf<Format>(*args.w));
+  StreamSteps(args, pool, [](const ops::LinearArgs& one, int64_t unit, int64_t count) {
+    StreamBlock<Format, 1>(one, unit, count);
+  });
 }
 
 #endif

@@ -34,8 +34,9 @@ bool NeedsCopy(int64_t stride, int64_t rows) {
   return rows > 4 && (stride * static_cast<int64_t>(sizeof(float))) % 4096 < 128;
 }
 
-void PanelItem(const ops::LinearArgs& args, DequantizeFn dequantize, int64_t row_begin,
-               int64_t row_end, int64_t column_begin, int64_t column_end) {
+// `next_column`: of the item that this thread is likely to get next.
+void PanelItem(const ops::LinearArgs& args, const PanelFormat& format, int64_t row_begin,
+               int64_t row_end, int64_t column_begin, int64_t column_end, int64_t next_column) {
   const DF df;
   const LinearWeights& w = *args.w;
   PanelScratch& scratch = ThreadScratch();
@@ -44,6 +45,10 @@ void PanelItem(const ops::LinearArgs& args, DequantizeFn dequantize, int64_t row
   const bool copy = NeedsCopy(args.x_stride, rows);
   constexpr int64_t kCopyStride = kInputBlock + 16;
   if (copy) scratch.rows.reserve(static_cast<size_t>(kRowBlock * kCopyStride));
+  const auto ask_for = [&](int64_t column, int64_t begin) {
+    return AskFor(w, format.tile_stride, format.bytes_per_32, column, kPanelColumns, begin,
+                  std::min<int64_t>(begin + kInputBlock, w.in));
+  };
   for (int64_t begin = 0; begin < w.in; begin += kInputBlock) {
     const int64_t end = std::min<int64_t>(begin + kInputBlock, w.in);
     GemmBlock g;
@@ -65,39 +70,40 @@ void PanelItem(const ops::LinearArgs& args, DequantizeFn dequantize, int64_t row
       const int64_t vectors = std::min(kPanelColumns, column_end - column) / kLanes;
       g.b_stride = vectors * kLanes;
       for (int64_t v = 0; v < vectors; ++v) {
-        dequantize(w, column / kLanes + v, begin, end, scratch.panel.data() + v * kLanes,
-                   g.b_stride);
+        format.dequantize(w, column / kLanes + v, begin, end, scratch.panel.data() + v * kLanes,
+                          g.b_stride);
       }
       g.c = scratch.sums.data() + (column - column_begin);
+      WeightsAhead ahead = column + kPanelColumns < column_end
+                               ? ask_for(column + kPanelColumns, begin)
+                           : end < w.in ? ask_for(column_begin, end)
+                                        : ask_for(next_column, 0);
+      const int64_t lines = ahead.lines();
+      const auto ask = [&](int64_t tiles) { ahead.Ask((lines + tiles - 1) / tiles); };
       if (vectors == 2) {
-        GemmPanel<2>(g, rows);
+        GemmPanel<2>(g, rows, ask);
       } else {
-        GemmPanel<1>(g, rows);
+        GemmPanel<1>(g, rows, ask);
       }
     }
   }
+  column_end = std::min<int64_t>(column_end, w.out);
+  for (int64_t r = 0; r < std::min(rows, kOutputsAhead); ++r)
+    AskForOutputs(args, row_begin + r, column_begin, column_end);
   for (int64_t r = 0; r < rows; ++r) {
+    if (r + kOutputsAhead < rows)
+      AskForOutputs(args, row_begin + r + kOutputsAhead, column_begin, column_end);
     const float* const sums = scratch.sums.data() + r * kGroupColumns;
-    for (int64_t column = column_begin; column < column_end && column < w.out; column += kLanes) {
+    for (int64_t column = column_begin; column < column_end; column += kLanes)
       Finish(args, row_begin + r, column, hn::Load(df, sums + column - column_begin));
-    }
   }
 }
 
-void RunPanels(const ops::LinearArgs& args, ThreadPool& pool, DequantizeFn dequantize) {
-  const int64_t columns = int64_t{args.w->tiles} * kTileRows;
-  const int64_t row_blocks = (args.rows + kRowBlock - 1) / kRowBlock;
-  // Narrow linears on many threads: smaller items.
-  int64_t width = kGroupColumns;
-  while (width > kPanelColumns && (columns + width - 1) / width * row_blocks < 4 * pool.threads())
-    width /= 2;
-  const int64_t column_groups = (columns + width - 1) / width;
-  pool.parallel_for(row_blocks * column_groups, [&](int64_t item, int) {
-    const int64_t block = item / column_groups;
-    const int64_t column = item % column_groups * width;
-    PanelItem(args, dequantize, args.rows * block / row_blocks,
-              args.rows * (block + 1) / row_blocks, column, std::min(columns, column + width));
-  });
+void RunPanels(const ops::LinearArgs& args, ThreadPool& pool, const PanelFormat& format) {
+  PanelPieces(args, pool, kRowBlock, kGroupColumns, kPanelColumns,
+              [&](const ops::LinearArgs& one, int64_t row_begin, int64_t row_end, int64_t begin,
+                  int64_t end,
+                  int64_t next) { PanelItem(one, format, row_begin, row_end, begin, end, next); });
 }
 
 void LinearF32(const ops::LinearArgs& args, ThreadPool& pool) { RunLinear<F32Format>(args, pool); }

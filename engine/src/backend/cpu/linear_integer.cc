@@ -71,10 +71,11 @@ HWY_NOINLINE void IntegerStreamUnits(const ops::LinearArgs& args, const Inputs& 
   const int64_t tile_stride = padded / 32 * SuperblockBytes(kBits);
   const auto* const data = static_cast<const std::byte*>(w.data);
   const auto unit_of = [&](int64_t u) FRAMEQUILT_INLINE { return unit + std::min(u, count - 1); };
-  // Tiles shorter than a few pages are over before a hardware prefetcher has understood them: ask
-  // for the same place of the next units. Long ones: a little further in the same tiles.
-  const int64_t ahead =
-      tile_stride <= 8192 ? kUnits * kLanes / kTileRows * tile_stride : int64_t{1024};
+  // Tiles are short, and several are read at once: a hardware prefetcher does not follow. What is
+  // kAhead bytes further in a tile is asked for; behind its end, the beginning of the tile that
+  // comes at its place next.
+  constexpr int64_t kAhead = 1024;
+  constexpr int64_t kSkipped = std::max(1, kUnits * kLanes / kTileRows) - 1;
   const auto row_of = [&](int64_t r) FRAMEQUILT_INLINE { return row + std::min(r, rows - 1); };
   VF sums[kRows * kUnits];
   Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { sums[i] = hn::Zero(DF()); });
@@ -92,7 +93,9 @@ HWY_NOINLINE void IntegerStreamUnits(const ops::LinearArgs& args, const Inputs& 
         const std::byte* const superblock = data + i / 32 * SuperblockBytes(kBits);
         const int half = static_cast<int>(i / kHalfInputs % 2);
         Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
-          const std::byte* const next = superblock + half * (SuperblockBytes(kBits) / 2) + ahead;
+          const int64_t at = i / kHalfInputs * (SuperblockBytes(kBits) / 2) + kAhead;
+          const std::byte* const next =
+              data + (at < tile_stride ? at : at + kSkipped * tile_stride);
           PrefetchWords(next, tile_stride, unit_of(u), 0);
           if constexpr (SuperblockBytes(kBits) / 2 > 64) {
             PrefetchWords(next, tile_stride, unit_of(u), 64);
@@ -143,24 +146,13 @@ constexpr int64_t kIntegerStreamRows = 8;
 // Rows go in blocks; those after the first find the step's weights in cache.
 template <int kBits>
 void IntegerStream(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool& pool) {
-  constexpr int64_t kStep = 4;  // units
   constexpr int kMost = kManyRegisters ? 8 : 4;
   const auto run = args.rows == 1   ? &IntegerStreamRows<kBits, 1>
                    : args.rows <= 4 ? &IntegerStreamRows<kBits, 4>
                                     : &IntegerStreamRows<kBits, kMost>;
-  const int64_t units = int64_t{args.w->tiles} * kTileRows / kLanes;
-  const int64_t steps = (units + kStep - 1) / kStep;
-  // Shares of consecutive columns: long streams, few hand-outs, yet a slow thread can be helped.
-  const int64_t shares =
-      std::min<int64_t>(steps, int64_t{pool.threads()} * (pool.threads() == 1 ? 1 : 8));
-  pool.parallel_for(shares, [&](int64_t share, int) {
-    const int64_t end = std::min(units, steps * (share + 1) / shares * kStep);
-    for (int64_t unit = steps * share / shares * kStep; unit < end; unit += kStep) {
-      for (int64_t row = 0; row < args.rows; row += kMost) {
-        run(args, inputs, row, std::min<int64_t>(kMost, args.rows - row), unit,
-            std::min(kStep, end - unit));
-      }
-    }
+  StreamSteps(args, pool, [&](const ops::LinearArgs& one, int64_t unit, int64_t count) {
+    for (int64_t row = 0; row < one.rows; row += kMost)
+      run(one, inputs, row, std::min<int64_t>(kMost, one.rows - row), unit, count);
   });
 }
 
@@ -334,9 +326,11 @@ constexpr auto kIntegerMicros = MakeIntegerMicros<kPlanes>(
     std::make_integer_sequence<int, kIntegerMicroRows - kIntegerLeastRows + 1>());
 
 template <int kPlanes>
-void IntegerPanel(const IntegerBlock& b, int64_t rows) {
+void IntegerPanel(const IntegerBlock& b, int64_t rows, WeightsAhead ahead) {
   const int64_t tiles = (rows + kIntegerMicroRows - 1) / kIntegerMicroRows;
+  const int64_t lines = (ahead.lines() + tiles - 1) / tiles;
   for (int64_t tile = 0; tile < tiles; ++tile) {
+    ahead.Ask(lines);
     const int64_t begin = rows * tile / tiles;
     const int64_t count = rows * (tile + 1) / tiles - begin;
     IntegerBlock part = b;
@@ -358,7 +352,6 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
   uint32_t* to = scratch.panel.data() + vector * kLanes;
   for (int64_t i = begin; i < end; i += kHalfInputs) {
     const std::byte* const superblock = data + i / 32 * SuperblockBytes(kBits);
-    PrefetchWords(superblock + (end - begin) / 32 * SuperblockBytes(kBits), tile_stride, unit, 0);
     VU words[kHalfWords];
     LoadCodes<kBits>(superblock, static_cast<int>(i / kHalfInputs % 2), tile_stride, unit, words);
     Unrolled<kHalfWords>([&](auto j) FRAMEQUILT_INLINE {
@@ -378,13 +371,18 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
   }
 }
 
+// `next_column`: of the item that this thread is likely to get next.
 template <int kBits>
 void IntegerItem(const ops::LinearArgs& args, const Inputs& inputs, int64_t row_begin,
-                 int64_t row_end, int64_t column_begin, int64_t column_end) {
+                 int64_t row_end, int64_t column_begin, int64_t column_end, int64_t next_column) {
   const LinearWeights& w = *args.w;
   IntegerScratch& scratch = ThreadIntegerScratch();
   const int64_t rows = row_end - row_begin;
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
+  const auto ask_for = [&](int64_t column, int64_t begin) {
+    return AskFor(w, w.padded_in() / 32 * SuperblockBytes(kBits), SuperblockBytes(kBits), column,
+                  kIntegerColumns, begin, std::min(begin + kIntegerInputs, padded));
+  };
   for (int64_t begin = 0; begin < padded; begin += kIntegerInputs) {
     const int64_t end = std::min(begin + kIntegerInputs, padded);
     IntegerBlock b;
@@ -403,12 +401,21 @@ void IntegerItem(const ops::LinearArgs& args, const Inputs& inputs, int64_t row_
         UnpackUnit<kBits>(w, inputs.span, unit, begin, end, v, scratch);
       }
       b.sums = scratch.sums.data() + (column - column_begin);
-      IntegerPanel<kDotPlanes<kBits>>(b, rows);
+      const bool more_columns = column + kIntegerColumns < column_end;
+      IntegerPanel<kDotPlanes<kBits>>(b, rows,
+                                      more_columns   ? ask_for(column + kIntegerColumns, begin)
+                                      : end < padded ? ask_for(column_begin, end)
+                                                     : ask_for(next_column, 0));
     }
   }
+  column_end = std::min<int64_t>(column_end, w.out);
+  for (int64_t r = 0; r < std::min(rows, kOutputsAhead); ++r)
+    AskForOutputs(args, row_begin + r, column_begin, column_end);
   for (int64_t r = 0; r < rows; ++r) {
+    if (r + kOutputsAhead < rows)
+      AskForOutputs(args, row_begin + r + kOutputsAhead, column_begin, column_end);
     const float* const sums = scratch.sums.data() + r * kIntegerSumStride;
-    for (int64_t column = column_begin; column < column_end && column < w.out; column += kLanes) {
+    for (int64_t column = column_begin; column < column_end; column += kLanes) {
       FinishInteger(args, inputs, row_begin + r, column,
                     hn::Load(DF(), sums + column - column_begin));
     }
@@ -417,20 +424,11 @@ void IntegerItem(const ops::LinearArgs& args, const Inputs& inputs, int64_t row_
 
 template <int kBits>
 void IntegerPanels(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool& pool) {
-  const int64_t columns = int64_t{args.w->tiles} * kTileRows;
-  const int64_t row_blocks = (args.rows + kIntegerRowBlock - 1) / kIntegerRowBlock;
-  // Narrow linears on many threads: smaller items.
-  int64_t width = kIntegerGroupColumns;
-  while (width > kIntegerColumns && (columns + width - 1) / width * row_blocks < 4 * pool.threads())
-    width /= 2;
-  const int64_t column_groups = (columns + width - 1) / width;
-  pool.parallel_for(row_blocks * column_groups, [&](int64_t item, int) {
-    const int64_t block = item / column_groups;
-    const int64_t column = item % column_groups * width;
-    IntegerItem<kBits>(args, inputs, args.rows * block / row_blocks,
-                       args.rows * (block + 1) / row_blocks, column,
-                       std::min(columns, column + width));
-  });
+  PanelPieces(args, pool, kIntegerRowBlock, kIntegerGroupColumns, kIntegerColumns,
+              [&](const ops::LinearArgs& one, int64_t row_begin, int64_t row_end, int64_t begin,
+                  int64_t end, int64_t next) {
+                IntegerItem<kBits>(one, inputs, row_begin, row_end, begin, end, next);
+              });
 }
 
 template <int kBits>

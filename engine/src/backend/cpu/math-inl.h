@@ -20,13 +20,19 @@ namespace HWY_NAMESPACE {
 using ops::kSumLanes;
 using Constants = ops::MathConstants;
 
+// ops::exp_f32, the same bits. kUpToZero: for arguments that are never above 0 (or are NaN), as in
+// a softmax. n is taken from the low bits of the sum that rounds it, and goes into the exponent by
+// an integer addition: exact, because 2^n y is a normal number wherever neither end is taken.
+template <bool kUpToZero = false>
 HWY_INLINE VF Exp(VF x) {
   const DF df;
   const hn::Rebind<int32_t, DF> di;
   const VF low = hn::Set(df, Constants::kExpLow), high = hn::Set(df, Constants::kExpHigh);
-  const VF inside = hn::Min(hn::Max(x, low), high);
+  VF inside = hn::Max(x, low);
+  if constexpr (!kUpToZero) inside = hn::Min(inside, high);
   const VF shift = hn::Set(df, Constants::kRoundShift);
-  const VF n = hn::Sub(hn::MulAdd(inside, hn::Set(df, Constants::kLog2E), shift), shift);
+  const VF rounded = hn::MulAdd(inside, hn::Set(df, Constants::kLog2E), shift);
+  const VF n = hn::Sub(rounded, shift);
   VF r = hn::MulAdd(n, hn::Set(df, -Constants::kLn2High), inside);
   r = hn::MulAdd(n, hn::Set(df, -Constants::kLn2Low), r);
   VF q = hn::MulAdd(hn::Set(df, Constants::kExp4), r, hn::Set(df, Constants::kExp3));
@@ -34,14 +40,12 @@ HWY_INLINE VF Exp(VF x) {
   q = hn::MulAdd(q, r, hn::Set(df, Constants::kExp1));
   q = hn::MulAdd(q, r, hn::Set(df, Constants::kExp0));
   const VF y = hn::Add(hn::MulAdd(hn::Mul(r, r), q, r), hn::Set(df, 1.0f));
-  const auto whole = hn::ConvertTo(di, n);
-  const auto half = hn::ShiftRight<1>(whole);
-  const auto bias = hn::Set(di, 127);
-  const VF a = hn::BitCast(df, hn::ShiftLeft<23>(hn::Add(half, bias)));
-  const VF b = hn::BitCast(df, hn::ShiftLeft<23>(hn::Add(hn::Sub(whole, half), bias)));
-  VF result = hn::Mul(hn::Mul(y, a), b);
+  const auto exponent = hn::ShiftLeft<23>(hn::BitCast(di, rounded));
+  VF result = hn::BitCast(df, hn::Add(hn::BitCast(di, y), exponent));
   result = hn::IfThenZeroElse(hn::Lt(x, low), result);
-  return hn::IfThenElse(hn::Gt(x, high), hn::Set(df, std::numeric_limits<float>::infinity()),
+  if constexpr (kUpToZero) return result;
+  // At `high` itself the result rounds to infinity.
+  return hn::IfThenElse(hn::Ge(x, high), hn::Set(df, std::numeric_limits<float>::infinity()),
                         result);
 }
 

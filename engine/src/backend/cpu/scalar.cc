@@ -18,11 +18,14 @@ void share_rows(int64_t rows, ThreadPool& pool, const Body& body) {
 
 void linear(const ops::LinearArgs& args, ThreadPool& pool) {
   share_rows(args.rows, pool, [&](int64_t begin, int64_t end) {
-    ops::LinearArgs part = args;
-    part.x += begin * args.x_stride;
-    part.y += begin * args.y_stride;
-    part.rows = end - begin;
-    ops::linear_reference(part);
+    for (const ops::LinearArgs* one = &args; one != nullptr; one = one->next) {
+      ops::LinearArgs part = *one;
+      part.x += begin * part.x_stride;
+      part.y += begin * part.y_stride;
+      part.rows = end - begin;
+      part.next = nullptr;
+      ops::linear_reference(part);
+    }
   });
 }
 

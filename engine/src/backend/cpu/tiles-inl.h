@@ -7,9 +7,12 @@
 #define FRAMEQUILT_CPU_TILES_INL_H_
 #endif
 
+#include <algorithm>
+
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
-#include "src/backend/cpu/gemm-inl.h"
+#include "src/backend/cpu/math-inl.h"
+#include "src/core/thread_pool.h"
 #include "src/ops/ops.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -147,9 +150,73 @@ HWY_INLINE void LoadCodes(const std::byte* superblock, int half, int64_t tile_st
   }
 }
 
+// --- What is needed next -------------------------------------------------------------------------
+
+// The packed weights of the panel after this one: a range of bytes of some tiles. They are asked
+// for a few lines at a time while this panel is multiplied, into the second cache level, because
+// the first is full. A panel is made of pieces too short for a hardware prefetcher, and without
+// this unpacking waits for memory.
+struct WeightsAhead {
+  const std::byte* first = nullptr;
+  int64_t tile_stride = 0, tiles = 0;
+  int64_t bytes = 0;  // of each tile
+  int64_t tile = 0, offset = 0;
+
+  int64_t lines() const { return tiles * ((bytes + 63) / 64); }
+  HWY_INLINE void Ask(int64_t lines) {
+    for (; lines > 0 && tile < tiles; --lines) {
+      __builtin_prefetch(first + tile * tile_stride + offset, 0, 2);
+      offset += 64;
+      if (offset >= bytes) {
+        offset = 0;
+        ++tile;
+      }
+    }
+  }
+};
+
+// Inputs [begin, end) of the tiles of `columns` columns from `column` on. Nothing behind the last
+// column.
+inline WeightsAhead AskFor(const LinearWeights& w, int64_t tile_stride, int64_t bytes_per_32,
+                           int64_t column, int64_t columns, int64_t begin, int64_t end) {
+  WeightsAhead ahead;
+  const int64_t tile = column / kTileRows;
+  ahead.first =
+      static_cast<const std::byte*>(w.data) + tile * tile_stride + begin / 32 * bytes_per_32;
+  ahead.tile_stride = tile_stride;
+  ahead.tiles = std::clamp<int64_t>(w.tiles - tile, 0, columns / kTileRows);
+  ahead.bytes = (end - begin + 31) / 32 * bytes_per_32;
+  return ahead;
+}
+
+// Rows of a panel's results are far apart, and each begins with a miss: they are asked for this
+// many rows before they are written.
+constexpr int64_t kOutputsAhead = 8;
+HWY_INLINE void AskForOutputs(const ops::LinearArgs& args, int64_t row, int64_t column,
+                              int64_t column_end) {
+  const float* const y = args.y + row * args.y_stride;
+  for (; column < column_end; column += 16) __builtin_prefetch(y + column, 1, 3);
+}
+
 // --- Results ---------------------------------------------------------------------------------
 
-// y[row][column..] = sum (+ bias) (+ old y), for the lanes that are real outputs.
+// Out of line: every kernel ends with this.
+inline HWY_NOINLINE VF Activated(model::Activation kind, VF x) {
+  switch (kind) {
+    case model::Activation::kRelu:
+      return Relu(x);
+    case model::Activation::kGelu:
+      return Gelu(x);
+    case model::Activation::kGeluTanh:
+      return GeluTanh(x);
+    case model::Activation::kSilu:
+      return Silu(x);
+  }
+  return x;
+}
+
+// y[row][column..] = act(sum + bias) and so on (ops::LinearArgs), for the lanes that are real
+// outputs.
 HWY_INLINE void Finish(const ops::LinearArgs& args, int64_t row, int64_t column, VF sum) {
   const DF df;
   const LinearWeights& w = *args.w;
@@ -157,17 +224,94 @@ HWY_INLINE void Finish(const ops::LinearArgs& args, int64_t row, int64_t column,
   const int64_t left = w.out - column;
   if (left >= kLanes) {
     if (w.bias != nullptr) sum = hn::Add(sum, hn::LoadU(df, w.bias + column));
+    if (args.activation) sum = Activated(*args.activation, sum);
     if (args.accumulate) sum = hn::Add(sum, hn::LoadU(df, y));
+    if (args.multiply) sum = hn::Mul(sum, hn::LoadU(df, y));
     hn::StoreU(sum, df, y);
     return;
   }
   HWY_ALIGN float lanes[kLanes];
   hn::Store(sum, df, lanes);
-  for (int64_t i = 0; i < left; ++i) {
-    float value = lanes[i];
-    if (w.bias != nullptr) value += w.bias[column + i];
-    y[i] = args.accumulate ? value + y[i] : value;
-  }
+  for (int64_t i = 0; i < left && w.bias != nullptr; ++i) lanes[i] += w.bias[column + i];
+  if (args.activation) hn::Store(Activated(*args.activation, hn::Load(df, lanes)), df, lanes);
+  for (int64_t i = 0; i < left; ++i)
+    y[i] = args.accumulate ? lanes[i] + y[i] : args.multiply ? lanes[i] * y[i] : lanes[i];
+}
+
+// --- Sharing the work ----------------------------------------------------------------------------
+
+// Where the linears of a call (ops::LinearArgs::next) that are computed together end: `first` and
+// those that multiply what it has written.
+inline const ops::LinearArgs* EndOfRun(const ops::LinearArgs* first) {
+  do first = first->next;
+  while (first != nullptr && first->multiply);
+  return first;
+}
+
+// Calls body(linear, piece) for the pieces [0, pieces(linear)) of all linears of a call; those of a
+// run have the same pieces, and one follows the other on the same thread. `share` is a loop of the
+// pool's.
+template <class Pieces, class Body>
+void ForPieces(const ops::LinearArgs& args, ThreadPool& pool,
+               void (ThreadPool::*share)(int64_t, FunctionRef<void(int64_t, int)>),
+               const Pieces& pieces, const Body& body) {
+  int64_t total = 0;
+  for (const ops::LinearArgs* run = &args; run != nullptr; run = EndOfRun(run))
+    total += pieces(*run);
+  (pool.*share)(total, [&](int64_t piece, int) {
+    const ops::LinearArgs* run = &args;
+    for (int64_t n = pieces(*run); piece >= n; n = pieces(*run)) {
+      piece -= n;
+      run = EndOfRun(run);
+    }
+    const ops::LinearArgs* const end = EndOfRun(run);
+    for (; run != end; run = run->next) body(*run, piece);
+  });
+}
+
+constexpr int64_t kStreamStep = 4;  // units
+
+// Calls run(linear, unit, count) for all units of all linears of a call, in steps: few rows, where
+// weights are read once. Each thread reads consecutive columns.
+template <class Run>
+void StreamSteps(const ops::LinearArgs& args, ThreadPool& pool, const Run& run) {
+  const auto units = [](const ops::LinearArgs& one) {
+    return int64_t{one.w->tiles} * kTileRows / kLanes;
+  };
+  ForPieces(
+      args, pool, &ThreadPool::parallel_streams,
+      [&](const ops::LinearArgs& one) { return (units(one) + kStreamStep - 1) / kStreamStep; },
+      [&](const ops::LinearArgs& one, int64_t step) {
+        const int64_t unit = step * kStreamStep;
+        run(one, unit, std::min(kStreamStep, units(one) - unit));
+      });
+}
+
+// Calls run(linear, row_begin, row_end, column_begin, column_end, next_column) for all rows and
+// columns of all linears of a call: many rows. Pieces with the same columns follow each other, so
+// that weights come from memory once; `next_column` is where this thread is likely to go on.
+template <class Run>
+void PanelPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t most_rows,
+                 int64_t most_columns, int64_t least_columns, const Run& run) {
+  const int64_t blocks = (args.rows + most_rows - 1) / most_rows;
+  const auto columns = [](const ops::LinearArgs& one) { return int64_t{one.w->tiles} * kTileRows; };
+  // Narrow linears on many threads: smaller pieces.
+  const auto width = [&](const ops::LinearArgs& one) {
+    int64_t w = most_columns;
+    while (w > least_columns && (columns(one) + w - 1) / w * blocks < 4 * pool.threads()) w /= 2;
+    return w;
+  };
+  ForPieces(
+      args, pool, &ThreadPool::parallel_for,
+      [&](const ops::LinearArgs& one) {
+        const int64_t w = width(one);
+        return (columns(one) + w - 1) / w * blocks;
+      },
+      [&](const ops::LinearArgs& one, int64_t piece) {
+        const int64_t block = piece % blocks, w = width(one), column = piece / blocks * w;
+        run(one, args.rows * block / blocks, args.rows * (block + 1) / blocks, column,
+            std::min(columns(one), column + w), (piece + pool.threads()) / blocks * w);
+      });
 }
 
 #endif
