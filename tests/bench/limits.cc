@@ -1,35 +1,44 @@
 // What this machine can do at most: memory read bandwidth, and multiply-add peaks in float32 and
-// int8 from registers. Prints one JSON object. Compiled for the machine that builds it
-// (-march=native), unlike everything else here.
+// int8 from registers, with the clock at which they were reached and the distance between two
+// cores. Prints one JSON object. Compiled for the machine that builds it (-march=native), unlike
+// everything else here. main() owns the buffer; every measurement has threads of its own.
 //
-//     limits [THREADS] [RUNS]
+//     limits [THREADS] [RUNS] [small-pages]
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <memory>
+#include <string_view>
 #include <thread>
+#include <utility>
 #include <vector>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 namespace {
 
-// Vectors as wide as the target has them.
-#if defined(__AVX512F__)
+// Vectors as wide as the target has them, and independent accumulators in groups of four: as many
+// as its registers hold beside the operands. That is more than latency times throughput of any
+// processor known, so that only throughput counts.
+#if defined(__AVX512BW__)
 constexpr int kBytes = 64;
+constexpr int kGroups = 6;
 #elif defined(__AVX2__)
 constexpr int kBytes = 32;
+constexpr int kGroups = 3;
+#elif defined(__aarch64__)
+constexpr int kBytes = 16;
+constexpr int kGroups = 6;
 #else
 constexpr int kBytes = 16;
+constexpr int kGroups = 3;
 #endif
-typedef uint64_t Words __attribute__((vector_size(kBytes)));
+typedef uint32_t Words __attribute__((vector_size(kBytes)));
 typedef float Floats __attribute__((vector_size(kBytes)));
 
 volatile uint64_t sink;
@@ -38,111 +47,218 @@ double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// Wall time of `work` on all threads at once, from when the last of them is there.
 double on_all_threads(int threads, const std::function<void(int)>& work) {
-  const double start = seconds();
+  std::atomic<int> waiting{0};
+  std::atomic<bool> go{false};
   std::vector<std::thread> helpers;
-  for (int i = 1; i < threads; ++i) helpers.emplace_back(work, i);
+  for (int i = 1; i < threads; ++i) {
+    helpers.emplace_back([&, i] {
+      ++waiting;
+      while (!go) std::this_thread::yield();
+      work(i);
+    });
+  }
+  while (waiting < threads - 1) std::this_thread::yield();
+  const double start = seconds();
+  go = true;
   work(0);
   for (std::thread& helper : helpers) helper.join();
   return seconds() - start;
 }
 
+// Memory -----------------------------------------------------------------------------------------
+
+// 256 bits at a time even where there are 512: on Zen 4 that is faster by a few percent.
+constexpr int kLoad = kBytes < 32 ? kBytes : 32;
+typedef uint64_t Load __attribute__((vector_size(kLoad)));
+
+// Reads `bytes` in so many streams side by side. `kAhead`: so many bytes ahead are asked for, past
+// the caches where the machine can do that.
+template <int kStreams, int kAhead>
 uint64_t read_all(const std::byte* data, size_t bytes) {
-  Words sums[8] = {};
-  for (size_t i = 0; i + 8 * kBytes <= bytes; i += 8 * kBytes) {
-    const Words* words = reinterpret_cast<const Words*>(data + i);
-    for (int j = 0; j < 8; ++j) sums[j] ^= words[j];
+  constexpr size_t kLine = 64, kStep = 4 * kLine, kSums = 4;
+  // Not a power of two apart: streams that are 128 MiB apart met in the same banks of the memory
+  // and were a quarter slower.
+  const size_t part = bytes / kStreams / kStep * kStep - (kStreams > 1 ? 10 * kStep : 0);
+  Load sums[kSums] = {};
+  for (size_t i = 0; i < part; i += kStep) {
+#pragma GCC unroll 4
+    for (size_t stream = 0; stream < kStreams; ++stream) {
+      const std::byte* here = data + stream * part + i;
+#pragma GCC unroll 4
+      for (size_t at = 0; kAhead > 0 && at < kStep; at += kLine) {
+        __builtin_prefetch(here + kAhead + at, 0, 0);
+      }
+#pragma GCC unroll 16
+      for (size_t j = 0; j < kStep / kLoad; ++j) {
+        sums[j % kSums] ^= reinterpret_cast<const Load*>(here)[j];
+      }
+    }
   }
-  for (int j = 1; j < 8; ++j) sums[0] ^= sums[j];
+  for (size_t j = 1; j < kSums; ++j) sums[0] ^= sums[j];
   return sums[0][0] ^ sums[0][1];
 }
 
-// Independent accumulators, so that neither latency nor memory counts; an empty asm keeps the
-// compiler from folding the loop.
-constexpr int kChains = 12;
+struct Method {
+  const char* name;
+  uint64_t (*read)(const std::byte*, size_t);
+};
+// What was best in one mood of one machine or another; a limit is the best of them.
+constexpr Method kMethods[] = {{"one stream", read_all<1, 0>},
+                               {"4 streams, prefetched", read_all<4, 1024>}};
 
-float float_work(int64_t rounds) {
-  const Floats x = Floats{} + 1.0000001f, y = Floats{} + 1e-9f;
-  Floats sums[kChains];
-  for (Floats& sum : sums) sum = x;
+// Nanoseconds for a cache line to get from one core to another: tens inside a group of cores that
+// share a cache, more than a hundred between two such groups. A virtual machine's cores may be
+// either, now one and now the other, and two groups have two links to memory.
+double core_to_core_ns() {
+  constexpr double kSeconds = 0.005;
+  constexpr int kExchanges = 64;
+  alignas(128) std::atomic<int> turn{0};
+  alignas(128) std::atomic<bool> stop{false};
+  double least = kSeconds;  // of so many exchanges: in others a thread may not have run at all
+  on_all_threads(2, [&](int me) {
+    double last = seconds();
+    const double end = last + kSeconds;
+    for (int count = 1; !stop; ++count) {
+      // On one core, only giving it away lets the other go on.
+      for (int spins = 0; turn.load(std::memory_order_acquire) != me && !stop; ++spins) {
+        if (spins > 100'000) std::this_thread::yield();
+      }
+      turn.store(1 - me, std::memory_order_release);
+      if (me == 0 && count % kExchanges == 0) {
+        const double now = seconds();
+        least = std::min(least, now - last);
+        last = now;
+        if (now > end) stop = true;
+      }
+    }
+  });
+  return 1e9 * least / (2 * kExchanges);
+}
+
+// Peaks ------------------------------------------------------------------------------------------
+
+// `rounds` times one step of every group. Sums are indexed by constants from the start: GCC 12 left
+// those of a loop over an array in memory, although it unrolled the loop, and what was measured was
+// the latency of a store and a load.
+template <class V, class Step, size_t... kGroup>
+V chained(int64_t rounds, Step step, std::index_sequence<kGroup...>) {
+  V sums[4 * sizeof...(kGroup)] = {};
   for (int64_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 12
-    for (int j = 0; j < kChains; ++j) {
-      sums[j] = sums[j] * x + y;
-#if defined(__x86_64__)
-      __asm__ volatile("" : "+v"(sums[j]));
-#else
-      __asm__ volatile("" : "+w"(sums[j]));
+    (step(sums[4 * kGroup], sums[4 * kGroup + 1], sums[4 * kGroup + 2], sums[4 * kGroup + 3]), ...);
+  }
+  return ((sums[4 * kGroup] + sums[4 * kGroup + 1] + sums[4 * kGroup + 2] + sums[4 * kGroup + 3]) +
+          ...);
+}
+
+// Instructions are written out, so that no compiler can fold, split or hoist them.
+#if defined(__FMA__)
+#define MULTIPLY_ADD(sum, x, y) \
+  __asm__ volatile("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y))
+#elif defined(__x86_64__)
+#define MULTIPLY_ADD(sum, x, y) \
+  __asm__ volatile("mulps %1, %0\n\taddps %2, %0" : "+x"(sum) : "x"(x), "x"(y))
+#elif defined(__aarch64__)
+#define MULTIPLY_ADD(sum, x, y) \
+  __asm__ volatile("fmla %0.4s, %1.4s, %2.4s" : "+w"(sum) : "w"(x), "w"(y))
+#else  // not a peak, but something for a processor that this program does not know
+#define MULTIPLY_ADD(sum, x, y) sum = sum * x + y
 #endif
-    }
-  }
-  for (int j = 1; j < kChains; ++j) sums[0] += sums[j];
-  return sums[0][0];
+
+uint64_t float_work(int64_t rounds) {
+  const Floats x = Floats{} + 0.5f, y = Floats{} + 0.25f;
+  const auto step = [x, y](Floats& a, Floats& b, Floats& c, Floats& d) {
+    MULTIPLY_ADD(a, x, y);
+    MULTIPLY_ADD(b, x, y);
+    MULTIPLY_ADD(c, x, y);
+    MULTIPLY_ADD(d, x, y);
+  };
+  return static_cast<uint64_t>(
+      chained<Floats>(rounds, step, std::make_index_sequence<kGroups>())[0]);
 }
 
-// Exact 4-way dot products of bytes into int32: what a kernel can use without overflow.
-#if defined(__AVX512VNNI__)
+// Products of bytes and their sums. Without a dot product instruction, what is counted is what our
+// kernels do: sums of pairs in int16. Widening them now and then is left out, as a limit may.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 constexpr const char* kDotName = "avx512 vpdpbusd";
-int int8_work(int64_t rounds) {
-  __m512i x = _mm512_set1_epi8(3), y = _mm512_set1_epi8(2);
-  __m512i sums[kChains];
-  for (__m512i& sum : sums) sum = _mm512_setzero_si512();
-  for (int64_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 12
-    for (int j = 0; j < kChains; ++j) {
-      sums[j] = _mm512_dpbusd_epi32(sums[j], x, y);
-      __asm__ volatile("" : "+v"(sums[j]));
-    }
-  }
-  for (int j = 1; j < kChains; ++j) sums[0] = _mm512_add_epi32(sums[0], sums[j]);
-  alignas(64) int out[16];
-  _mm512_store_si512(out, sums[0]);
-  return out[0];
-}
+#define DOT(sum, x, y) __asm__ volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y))
+#elif defined(__AVXVNNI__) && !defined(__AVX512BW__)
+constexpr const char* kDotName = "avx-vnni vpdpbusd";
+#define DOT(sum, x, y) __asm__ volatile("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(y))
 #elif defined(__AVX2__)
-constexpr const char* kDotName = "avx2 vpmaddubsw + vpmaddwd + vpaddd";
-int int8_work(int64_t rounds) {
-  __m256i x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(2), ones = _mm256_set1_epi16(1);
-  __m256i sums[kChains];
-  for (__m256i& sum : sums) sum = _mm256_setzero_si256();
-  for (int64_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 12
-    for (int j = 0; j < kChains; ++j) {
-      __asm__ volatile("" : "+v"(x));
-      __m256i pairs = _mm256_maddubs_epi16(x, y);
-      __asm__ volatile("" : "+v"(pairs));
-      sums[j] = _mm256_add_epi32(sums[j], _mm256_madd_epi16(pairs, ones));
-      __asm__ volatile("" : "+v"(sums[j]));
-    }
-  }
-  for (int j = 1; j < kChains; ++j) sums[0] = _mm256_add_epi32(sums[0], sums[j]);
-  return _mm256_extract_epi32(sums[0], 0);
-}
+#define FRAMEQUILT_LIMITS_PAIRS 1
+constexpr const char* kDotName =
+    kBytes == 64 ? "avx512 vpmaddubsw + vpaddw" : "avx2 vpmaddubsw + vpaddw";
 #elif defined(__ARM_FEATURE_DOTPROD)
 constexpr const char* kDotName = "neon sdot";
-int int8_work(int64_t rounds) {
-  const int8x16_t x = vdupq_n_s8(3), y = vdupq_n_s8(2);
-  int32x4_t sums[kChains];
-  for (int32x4_t& sum : sums) sum = vdupq_n_s32(0);
-  for (int64_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 12
-    for (int j = 0; j < kChains; ++j) {
-      sums[j] = vdotq_s32(sums[j], x, y);
-      __asm__ volatile("" : "+w"(sums[j]));
-    }
-  }
-  for (int j = 1; j < kChains; ++j) sums[0] = vaddq_s32(sums[0], sums[j]);
-  return vaddvq_s32(sums[0]);
-}
+#define DOT(sum, x, y) __asm__ volatile("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(x), "w"(y))
 #else
 constexpr const char* kDotName = "";
-int int8_work(int64_t) { return 0; }
+#define DOT(sum, x, y) static_cast<void>(sum)
 #endif
 
-void print(const char* name, std::vector<double> samples, const char* end) {
+#if FRAMEQUILT_LIMITS_PAIRS
+// The products need four registers more.
+constexpr int kDotGroups = kBytes == 64 ? kGroups : 2;
+#else
+constexpr int kDotGroups = kGroups;
+#endif
+
+uint64_t int8_work(int64_t rounds) {
+  const Words x = Words{} + 0x01020304u, y = Words{} + 0x04030201u;
+  const auto step = [x, y](Words& a, Words& b, Words& c, Words& d) {
+#if FRAMEQUILT_LIMITS_PAIRS
+    // Four products before the sums: with each sum right behind its product, Zen 4 gives some of
+    // them the units that multiply, and is a tenth slower.
+    Words p[4];
+    __asm__ volatile("vpmaddubsw %2, %1, %0" : "=v"(p[0]) : "v"(x), "v"(y));
+    __asm__ volatile("vpmaddubsw %2, %1, %0" : "=v"(p[1]) : "v"(x), "v"(y));
+    __asm__ volatile("vpmaddubsw %2, %1, %0" : "=v"(p[2]) : "v"(x), "v"(y));
+    __asm__ volatile("vpmaddubsw %2, %1, %0" : "=v"(p[3]) : "v"(x), "v"(y));
+    __asm__ volatile("vpaddw %1, %0, %0" : "+v"(a) : "v"(p[0]));
+    __asm__ volatile("vpaddw %1, %0, %0" : "+v"(b) : "v"(p[1]));
+    __asm__ volatile("vpaddw %1, %0, %0" : "+v"(c) : "v"(p[2]));
+    __asm__ volatile("vpaddw %1, %0, %0" : "+v"(d) : "v"(p[3]));
+#else
+    DOT(a, x, y);
+    DOT(b, x, y);
+    DOT(c, x, y);
+    DOT(d, x, y);
+#endif
+  };
+  return chained<Words>(rounds, step, std::make_index_sequence<kDotGroups>())[0];
+}
+
+// A chain of additions, one per cycle: cycles. Of two registers, because some processors add
+// constants without executing anything.
+constexpr int kAdditions = 16;
+uint64_t clock_work(int64_t rounds) {
+  uint64_t sum = 1, one = 1;
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kAdditions; ++j) {
+#if defined(__x86_64__)
+      __asm__ volatile("add %1, %0" : "+r"(sum) : "r"(one) : "cc");
+#elif defined(__aarch64__)
+      __asm__ volatile("add %0, %0, %1" : "+r"(sum) : "r"(one));
+#endif
+    }
+  }
+  return sum;
+}
+#if defined(__x86_64__) || defined(__aarch64__)
+constexpr bool kHasClock = true;
+#else
+constexpr bool kHasClock = false;
+#endif
+
+// Output -----------------------------------------------------------------------------------------
+
+void print(const char* name, std::vector<double> samples) {
   std::sort(samples.begin(), samples.end());
-  std::printf("\"%s\": {\"median\": %.2f, \"min\": %.2f, \"max\": %.2f}%s", name,
-              samples[samples.size() / 2], samples.front(), samples.back(), end);
+  std::printf(", \"%s\": {\"median\": %.2f, \"min\": %.2f, \"max\": %.2f}", name,
+              samples[samples.size() / 2], samples.front(), samples.back());
 }
 
 }  // namespace
@@ -151,41 +267,80 @@ int main(int argc, char** argv) {
   const int threads =
       argc > 1 ? std::atoi(argv[1]) : static_cast<int>(std::thread::hardware_concurrency());
   const int runs = argc > 2 ? std::atoi(argv[2]) : 5;
-  if (threads < 1 || runs < 1) {
-    std::fprintf(stderr, "usage: limits [THREADS] [RUNS]\n");
+  const bool small = argc > 3 && std::string_view(argv[3]) == "small-pages";
+  if (threads < 1 || runs < 1 || argc > (small ? 4 : 3)) {
+    std::fprintf(stderr, "usage: limits [THREADS] [RUNS] [small-pages]\n");
     return 2;
   }
-  // Far larger than any cache, written once so that every page exists.
-  const size_t bytes = size_t{512} << 20, part = bytes / static_cast<size_t>(threads) / 4096 * 4096;
-  std::byte* data = static_cast<std::byte*>(std::aligned_alloc(4096, bytes));
+  const auto each = static_cast<size_t>(threads);
+  // Far larger than any cache, written once so that every page exists. In huge pages, as weights
+  // are where the system has them: otherwise the limit would be that of page tables.
+  constexpr size_t kHuge = size_t{2} << 20, kMargin = 4096;
+  const size_t bytes = size_t{1} << 30, part = bytes / each / kMargin * kMargin;
+  std::byte* data = static_cast<std::byte*>(std::aligned_alloc(kHuge, bytes + kHuge));
   if (data == nullptr) return 1;
+#if defined(__linux__)
+  // A refusal costs speed only.
+  madvise(data, bytes + kHuge, small ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+#endif
   on_all_threads(threads, [&](int i) {
     std::fill_n(data + static_cast<size_t>(i) * part, part, std::byte{1});
   });
-  const int64_t rounds = 30'000'000;
-  std::vector<double> read, floats, ints;
-  std::vector<uint64_t> results(static_cast<size_t>(threads));
-  for (int run = 0; run < runs; ++run) {
-    double wall = on_all_threads(threads, [&](int i) {
-      results[static_cast<size_t>(i)] = read_all(data + static_cast<size_t>(i) * part, part);
+
+  std::vector<uint64_t> results(each);
+  const auto timed = [&](const std::function<uint64_t(size_t)>& work) {
+    const double wall = on_all_threads(threads, [&](int i) {
+      const auto at = static_cast<size_t>(i);
+      results[at] = work(at);
     });
-    read.push_back(1e-9 * static_cast<double>(part) * threads / wall);
-    wall = on_all_threads(threads, [&](int i) {
-      results[static_cast<size_t>(i)] += static_cast<uint64_t>(float_work(rounds));
-    });
-    const double lanes = kBytes / 4.0, steps = 1e-9 * static_cast<double>(rounds) * kChains;
-    floats.push_back(steps * 2.0 * lanes * threads / wall);
-    wall = on_all_threads(threads, [&](int i) {
-      results[static_cast<size_t>(i)] += static_cast<uint64_t>(int8_work(rounds));
-    });
-    ints.push_back(kDotName[0] == '\0' ? 0.0 : steps * 2.0 * kBytes * threads / wall);
     for (uint64_t result : results) sink = sink + result;
+    return wall;
+  };
+  constexpr double kSteps = 2e8;  // of each thread: tens of milliseconds
+  const auto float_rounds = static_cast<int64_t>(kSteps / (4 * kGroups));
+  const auto dot_rounds = static_cast<int64_t>(kSteps / (4 * kDotGroups));
+  const auto clock_rounds = static_cast<int64_t>(kSteps / kAdditions);
+  const double steps = 1e-9 * kSteps * threads;
+  timed([&](size_t) { return float_work(float_rounds); });  // the clock rises
+  std::vector<double> read, distance, floats, ints, clock, float_cycle, int_cycle;
+  int won[std::size(kMethods)] = {};
+  for (int run = 0; run < runs; ++run) {
+    if (threads > 1) distance.push_back(core_to_core_ns());
+    double best = 0;
+    size_t winner = 0;
+    for (size_t method = 0; method < std::size(kMethods); ++method) {
+      const double wall =
+          timed([&](size_t i) { return kMethods[method].read(data + i * part, part); });
+      const double rate = 1e-9 * static_cast<double>(part) * threads / wall;
+      if (rate > best) best = rate, winner = method;
+    }
+    ++won[winner];
+    read.push_back(best);
+    floats.push_back(2.0 * (kBytes / 4.0) * steps /
+                     timed([&](size_t) { return float_work(float_rounds); }));
+    ints.push_back(kDotName[0] == '\0' ? 0.0 : 2.0 * kBytes * steps / timed([&](size_t) {
+                                                 return int8_work(dot_rounds);
+                                               }));
+    if (!kHasClock) continue;
+    clock.push_back(1e-9 * kSteps / timed([&](size_t) { return clock_work(clock_rounds); }));
+    float_cycle.push_back(floats.back() / (threads * clock.back()));
+    int_cycle.push_back(ints.back() / (threads * clock.back()));
   }
   std::free(data);
-  std::printf("{\"threads\": %d, ", threads);
-  print("read_gbytes_per_s", read, ", ");
-  print("float_gflops", floats, ", ");
-  print("int8_gops", ints, ", ");
-  std::printf("\"int8_instruction\": \"%s\"}\n", kDotName);
+  const auto method = static_cast<size_t>(std::max_element(std::begin(won), std::end(won)) - won);
+  std::printf("{\"threads\": %d", threads);
+  print("read_gbytes_per_s", read);
+  std::printf(", \"read_method\": \"%s, %s pages\"", kMethods[method].name,
+              small ? "small" : "huge");
+  if (!distance.empty()) print("core_to_core_ns", distance);
+  print("float_gflops", floats);
+  print("int8_gops", ints);
+  std::printf(", \"int8_instruction\": \"%s\"", kDotName);
+  if (kHasClock) {
+    print("clock_ghz", clock);
+    print("float_flop_per_cycle", float_cycle);
+    print("int8_op_per_cycle", int_cycle);
+  }
+  std::printf("}\n");
   return 0;
 }

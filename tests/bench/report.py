@@ -20,8 +20,20 @@ def _best(bench: Bench, series: dict[str, Series], names: tuple[str, ...]) -> Se
     return pick(found, key=lambda s: s.median) if found else None
 
 
-def rows(bench: Bench, series: dict[str, Series], read: float | None) -> list[dict[str, Any]]:
-    """One row per target; `read` is the read bandwidth in GB/s, measured around the bench."""
+# A read bandwidth that changed by more than this factor around a bench is said in its row.
+STEADY = 1.2
+
+
+def rows(
+    bench: Bench,
+    series: dict[str, Series],
+    read: float | None,
+    least_read: float | None = None,
+) -> list[dict[str, Any]]:
+    """One row per target; `read` is the read bandwidth in GB/s, measured around the bench.
+
+    `least_read` is the least of these measurements, where `read` is the greatest.
+    """
     result = []
     for target in bench.targets:
         row: dict[str, Any] = {"bench": bench.name, "workload": bench.title, "what": target.what}
@@ -33,6 +45,11 @@ def rows(bench: Bench, series: dict[str, Series], read: float | None) -> list[di
             row["ours"] = ours.to_json()
             peer = _best(bench, series, target.peers)
             _judge(bench, target, row, ours, peer, read)
+            if target.limit_share and read and least_read and read > STEADY * least_read:
+                row["notes"].append(
+                    f"read bandwidth {least_read:.1f} to {read:.1f} GB/s around this bench; "
+                    "the share is of the greatest"
+                )
             if any(s is not None and s.least_disturbance > HOPELESS for s in (ours, peer)):
                 row["reached"] = None
                 row["notes"].append("too disturbed to judge")
@@ -187,6 +204,10 @@ def markdown(document: dict[str, Any]) -> str:
                 f"float32 {_number(found['float_gflops']['median'])} GFLOP/s",
                 f"int8 {_number(found['int8_gops']['median'])} GOP/s ({found['int8_instruction']})",
             ]
+            more = (("clock_ghz", "clock {} GHz"), ("core_to_core_ns", "cores {} ns apart"))
+            for key, text in more:
+                if key in found:  # not in results of earlier programs
+                    parts.append(text.format(_number(found[key]["median"])))
             lines += [f"Limits {moment}: {', '.join(parts)}.", ""]
     lines += [
         "| workload | row | unit | ours | best peer | ratio | target | reached |",

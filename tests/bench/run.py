@@ -87,10 +87,10 @@ def _revision() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _read_bandwidth(limits: list[dict[str, Any]]) -> float | None:
-    """The best seen around a bench: a share of a disturbed limit would flatter us."""
+def _read_bandwidth(limits: list[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """The best seen around a bench, as a share of a disturbed limit would flatter us; the least."""
     seen = [found["read_gbytes_per_s"]["max"] for found in limits if found]
-    return max(seen) if seen else None
+    return (max(seen), min(seen)) if seen else (None, None)
 
 
 def main(arguments: list[str]) -> int:
@@ -151,8 +151,8 @@ def main(arguments: list[str]) -> int:
             results[bench.name] = series
             measured.append(machine(limits, 1, threads))
             # One thread of a busy machine says nothing about the bandwidth of all.
-            read = None if options.cpu else _read_bandwidth(measured[-2:])
-            table += rows(bench, series, read)
+            read = (None, None) if options.cpu else _read_bandwidth(measured[-2:])
+            table += rows(bench, series, *read)
             document["series"][bench.name] = [s.to_json() for s in series.values()]
             # Written after every bench: what was measured survives an interruption.
             document["budget"] = [] if options.cpu else budget(results)

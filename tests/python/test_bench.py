@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,25 @@ def test_limits_of_the_machine_are_measured(tiny_run: dict[str, Any]) -> None:
         found = tiny_run["limits"][moment]
         assert found["read_gbytes_per_s"]["median"] > 0
         assert found["float_gflops"]["median"] > 0
+        assert found["clock_ghz"]["median"] > 0
+        assert found["float_flop_per_cycle"]["median"] > 0
+    assert "GHz" in tiny_run["table"]
+
+
+def test_peaks_of_limits_are_taken_from_registers() -> None:
+    """An accumulator in memory makes a peak of the latency of a store and a load."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("needs objdump")
+    command = [objdump, "-d", "--no-show-raw-insn", str(_programs() / "limits")]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    counted = re.compile(r"\t(vfmadd231ps|vpdpbusd|vpmaddubsw|vpaddw|fmla|sdot)\b")
+    found = [i for i, line in enumerate(code) if counted.search(line)]
+    if not found:
+        pytest.skip("this processor has none of the instructions")
+    for i in found:
+        for line in code[i : i + 2]:
+            assert not re.search(r"\(%[re][sb]p|\[sp", line), line
 
 
 def test_bytes_of_a_decode_step_are_those_of_the_model(
@@ -152,6 +173,17 @@ def test_share_of_the_bandwidth_counts_a_step_of_a_batch_once() -> None:
     row = _judged(bench, ours, read=25.0)
     assert row["ratio"] == pytest.approx(0.8)
     assert row["reached"] is False
+
+
+def test_a_read_bandwidth_that_changed_around_a_bench_is_said() -> None:
+    bench = Bench("b", "b", "tok/s", [Target("x", ("w4",), limit_share=0.85)])
+    ours = _series("w4", [10.0], bytes_per_step=2e9, batch=1)
+    (steady,) = report.rows(bench, {"w4": ours}, 36.0, 35.0)
+    (moved,) = report.rows(bench, {"w4": ours}, 60.0, 35.0)
+    assert steady["notes"] == []
+    assert moved["ratio"] == pytest.approx(20 / 60)
+    assert len(moved["notes"]) == 1
+    assert "35.0 to 60.0 GB/s" in moved["notes"][0]
 
 
 def test_a_disturbed_sample_is_said_and_does_not_count() -> None:
