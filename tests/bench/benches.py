@@ -40,13 +40,20 @@ class Bench:
     ours: list[Runner] = field(default_factory=list)
     peers: list[Runner] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    _added: list[tuple[str, Callable[[], Runner]]] = field(default_factory=list)
 
     def add(self, kind: str, make: Callable[[], Runner]) -> None:
-        """Adds what `make` returns; what cannot be had is listed instead."""
-        try:
-            (self.ours if kind == "ours" else self.peers).append(make())
-        except Missing as reason:
-            self.missing.append(str(reason))
+        """Notes what makes a runner: its models take minutes and gigabytes, so not yet."""
+        self._added.append((kind, make))
+
+    def prepare(self) -> None:
+        """Makes the runners, with their models; what cannot be had is listed instead."""
+        for kind, make in self._added:
+            try:
+                (self.ours if kind == "ours" else self.peers).append(make())
+            except Missing as reason:
+                self.missing.append(str(reason))
+        self._added.clear()
 
 
 SIZES = {
@@ -257,7 +264,7 @@ def video(p: Programs, activations: str) -> list[Bench]:
     decoding = Bench("video-frames", f"decode and resize {VIDEO_FRAMES} frames", "s", [],
                      higher_is_better=False)  # fmt: skip
     command = (sys.executable, str(script), str(VIDEO_FRAMES))
-    decoding.ours.append(Runner("PyAV", command, last_json, (("PYTHONPATH", python),)))
+    decoding.add("ours", lambda: Runner("PyAV", command, last_json, (("PYTHONPATH", python),)))
     projector = Bench("video-projector", "projector, difference of two towers", "s/frame", [],
                       higher_is_better=False)  # fmt: skip
     for label, model in (("with", "llava-video-1l"), ("without", "siglip-1l")):

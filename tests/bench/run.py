@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
     """Runs what was asked and prints the table."""
     options = _arguments(arguments)
     console = Console()
-    build = _build(options.build)
+    build = Path() if options.list else _build(options.build)
     limits = build / "limits"
     peers = options.peers.resolve() if options.peers else None
     models = options.models or (peers / "models" if peers else Path(".cache/bench"))
@@ -118,6 +118,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if not chosen:
         sys.exit(f"no bench has {options.only} in its name; --list shows them")
+    for bench in chosen:
+        bench.prepare()
 
     runs = 1 if options.tiny else 3
     measured: list[dict[str, Any]] = [machine(limits, runs, threads)]

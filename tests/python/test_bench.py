@@ -63,6 +63,26 @@ def test_every_bench_of_a_tiny_run_has_a_value(tiny_run: dict[str, Any]) -> None
         assert row["workload"] in tiny_run["table"]
 
 
+def _run(*arguments: str | Path) -> str:
+    command = [sys.executable, str(BENCH / "run.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_listing_benches_makes_no_models(tmp_path: Path) -> None:
+    """They would be made in a folder that cannot be: with 20 GB, trying has to fail at once."""
+    (tmp_path / "file").touch()
+    listed = _run("--list", "--models", tmp_path / "file" / "models")
+    assert {"tower", "load", "video-llm"} <= {line.split()[0] for line in listed.splitlines()}
+
+
+def test_only_the_models_of_the_benches_that_run_are_made(tmp_path: Path) -> None:
+    chosen = ("--tiny", "--patience", "0", "--only", "load", "--build", _programs())
+    _run(*chosen, "--out", tmp_path / "out", "--models", tmp_path / "models")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["tiny-w4g128"]
+
+
 def test_limits_of_the_machine_are_measured(tiny_run: dict[str, Any]) -> None:
     for moment in ("before", "after"):
         found = tiny_run["limits"][moment]
