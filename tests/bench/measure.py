@@ -87,6 +87,18 @@ class Series:
             "detail": self.detail,
         }
 
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Series:
+        """What `to_json` wrote."""
+        return cls(
+            stored["name"],
+            stored["command"],
+            list(stored.get("values", [])),
+            list(stored.get("other_cpus", [])),
+            dict(stored.get("detail", {})),
+            stored.get("skipped", ""),
+        )
+
 
 def last_json(text: str) -> dict[str, Any]:
     """The last line of `text` that is a JSON object."""

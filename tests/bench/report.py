@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benches import VIDEO_FRAMES, Bench, Target
@@ -111,11 +113,13 @@ def _notes(bench: Bench, series: dict[str, Series], target: Target) -> list[str]
 # The budget of one question about a video --------------------------------------------------------
 
 
-def budget(results: dict[str, dict[str, Series]]) -> list[dict[str, Any]]:
+def budget(
+    results: dict[str, dict[str, Series]], earlier: Mapping[str, str] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """Seconds by stage, ours without and with reduction, and the peers' parts. Empty if unmeasured.
 
     Layers that were not run are scaled: 28 / 4 of the decoder's (its head is left out, on both
-    sides), 26 / 27 of the tower's.
+    sides), 26 / 27 of the tower's. `earlier`: of benches of another call, which one that was.
     """
     needed = ("video-frames", "video-projector", "video-llm", "tower")
     if any(name not in results for name in needed):
@@ -134,8 +138,10 @@ def budget(results: dict[str, dict[str, Series]]) -> list[dict[str, Any]]:
     prefill, decode = of("video-llm", "llama.cpp prefill"), of("video-llm", "llama.cpp decode")
     rows_of_prompt = plain.detail["prompt_rows"] if plain else None
 
-    def row(stage: str, ours: float | None, with_reduction: float | None, peer: float | None,
-            how: str) -> dict[str, Any]:  # fmt: skip
+    def row(stage: str, bench: str, ours: float | None, with_reduction: float | None,
+            peer: float | None, how: str) -> dict[str, Any]:  # fmt: skip
+        if bench in earlier:
+            how += f"; from the run of {earlier[bench]}"
         return {"stage": stage, "ours": ours, "reduced": with_reduction, "peer": peer, "how": how}
 
     projected = None
@@ -143,15 +149,19 @@ def budget(results: dict[str, dict[str, Series]]) -> list[dict[str, Any]]:
         projected = max(both[0].median - both[1].median, 0.0) * VIDEO_FRAMES
     seconds = frames.median if frames else None
     eye = tower.median * towers if tower else None
+    as_ours = "peers: taken as ours"
     stages = [
-        row("decode and resize frames", seconds, seconds, seconds, "peers: taken as ours"),
-        row("vision tower", eye, eye, peer_tower.median * towers if peer_tower else None,
+        row("decode and resize frames", "video-frames", seconds, seconds, seconds, as_ours),
+        row("vision tower", "tower", eye, eye,
+            peer_tower.median * towers if peer_tower else None,
             f"{tower.name if tower else '-'}; peer {peer_tower.name if peer_tower else '-'}"),
-        row("projector", projected, projected, projected, "peers: taken as ours"),
-        row("prompt", *(s.detail["prefill_s"] * depth if s else None for s in (plain, reduced)),
+        row("projector", "video-projector", projected, projected, projected, as_ours),
+        row("prompt", "video-llm",
+            *(s.detail["prefill_s"] * depth if s else None for s in (plain, reduced)),
             rows_of_prompt / prefill.median * depth if prefill and rows_of_prompt else None,
             "4 of 28 layers measured"),
-        row("64 tokens", *(s.detail["decode_s"] * depth if s else None for s in (plain, reduced)),
+        row("64 tokens", "video-llm",
+            *(s.detail["decode_s"] * depth if s else None for s in (plain, reduced)),
             64 / decode.median * depth if decode else None, "4 of 28 layers measured"),
     ]  # fmt: skip
     total: dict[str, Any] = {"stage": "sum", "how": ""}
@@ -181,12 +191,37 @@ def _cell(series: dict[str, Any] | None) -> str:
     return f"{text} ({_number(series['min'])}-{_number(series['max'])})"
 
 
+def _limits(limits: dict[str, Any]) -> list[str]:
+    """What the machine could do before and after a call, one text each."""
+    texts = []
+    for moment in ("before", "after"):
+        found = limits.get(moment)
+        if not found:
+            continue
+        parts = [
+            f"read {_number(found['read_gbytes_per_s']['median'])} GB/s "
+            f"({_number(found['read_gbytes_per_s']['min'])}-"
+            f"{_number(found['read_gbytes_per_s']['max'])})",
+            f"float32 {_number(found['float_gflops']['median'])} GFLOP/s",
+            f"int8 {_number(found['int8_gops']['median'])} GOP/s ({found['int8_instruction']})",
+        ]
+        more = (("clock_ghz", "clock {} GHz"), ("core_to_core_ns", "cores {} ns apart"))
+        for key, text in more:
+            if key in found:  # not in results of earlier programs
+                parts.append(text.format(_number(found[key]["median"])))
+        texts.append(f"{moment}: {', '.join(parts)}")
+    return texts
+
+
 def markdown(document: dict[str, Any]) -> str:
     """The tables of a result document."""
+    runs = document["runs"]
+    several = len(runs) > 1
+    when = f"{document['date']}; revision {document['revision']}"
     lines = [
-        f"Machine: {document['machine']}, {document['threads']} threads; {document['date']}; "
-        f"revision {document['revision']}. Median (least-greatest) of {document['samples']} "
-        "samples, programs taken in turn.",
+        f"Machine: {document['machine']}, {document['threads']} threads; "
+        f"{f'{len(runs)} runs, listed below' if several else when}. Median (least-greatest) of "
+        f"{document['samples']} samples, programs taken in turn.",
         "",
     ]
     if document["clock"] == "CPU time":
@@ -194,24 +229,13 @@ def markdown(document: dict[str, Any]) -> str:
     if document["versions"]:
         listed = ", ".join(f"{name} {text}" for name, text in document["versions"].items())
         lines += [f"Peers: {listed}.", ""]
-    for moment in ("before", "after"):
-        found = document["limits"].get(moment)
-        if found:
-            parts = [
-                f"read {_number(found['read_gbytes_per_s']['median'])} GB/s "
-                f"({_number(found['read_gbytes_per_s']['min'])}-"
-                f"{_number(found['read_gbytes_per_s']['max'])})",
-                f"float32 {_number(found['float_gflops']['median'])} GFLOP/s",
-                f"int8 {_number(found['int8_gops']['median'])} GOP/s ({found['int8_instruction']})",
-            ]
-            more = (("clock_ghz", "clock {} GHz"), ("core_to_core_ns", "cores {} ns apart"))
-            for key, text in more:
-                if key in found:  # not in results of earlier programs
-                    parts.append(text.format(_number(found[key]["median"])))
-            lines += [f"Limits {moment}: {', '.join(parts)}.", ""]
+    if not several:
+        for text in _limits(document["limits"]):
+            lines += [f"Limits {text}.", ""]
     lines += [
-        "| workload | row | unit | ours | best peer | ratio | target | reached |",
-        "|---|---|---|---|---|---|---|---|",
+        "| workload | row | unit | ours | best peer | ratio | target | reached |"
+        + (" run |" if several else ""),
+        "|---|---|---|---|---|---|---|---|" + ("---|" if several else ""),
     ]
     notes: list[str] = []
     for row in document["rows"]:
@@ -230,6 +254,7 @@ def markdown(document: dict[str, Any]) -> str:
         lines.append(
             f"| {row['workload']} | {row['what']}{star} | {row['unit']} | {_cell(row['ours'])} | "
             f"{_cell(row['peer'])} | {text} | {row['target']} | {mark} |"
+            + (f" {row['run']} |" if several else "")
         )
     lines += ["", *(f"[{i}] {note}" for i, note in enumerate(notes, 1))]
     if document["budget"]:
@@ -244,6 +269,12 @@ def markdown(document: dict[str, Any]) -> str:
         for stage in document["budget"]:
             cells = [_number(stage[key]) for key in ("ours", "reduced", "peer")]
             lines.append(f"| {stage['stage']} | {' | '.join(cells)} | {stage['how']} |")
+    for number, run in enumerate(runs if several else [], 1):
+        lines += [
+            "",
+            f"Run {number}: {run['date']}, revision {run['revision']}, samples: {run['samples']}; "
+            f"{', '.join(run['benches'])}. Limits {'; '.join(_limits(run['limits']))}.",
+        ]
     return "\n".join(lines) + "\n"
 
 

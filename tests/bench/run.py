@@ -1,6 +1,7 @@
 """Compares Framequilt with its peers in one run on this machine.
 
     python tests/bench/run.py [--quick] [--only NAME] [--peers DIR] [--build DIR] [--out DIR]
+                              [--merge RESULTS]
 
 Writes results.json, table.md and ratios.png. Without --peers only ours is measured. README.md says
 what each row means and how to set up the peers.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -31,7 +33,8 @@ from rich.progress import (  # noqa: E402
 )
 
 from benches import Bench, all_benches, tiny_benches  # noqa: E402 isort: skip
-from measure import Series, alternate, machine  # noqa: E402 isort: skip
+from measure import alternate, machine  # noqa: E402 isort: skip
+from merging import Mismatch, check, earlier, merge, series_of  # noqa: E402 isort: skip
 from programs import Programs, versions  # noqa: E402 isort: skip
 from report import budget, markdown, rows, write  # noqa: E402 isort: skip
 
@@ -46,6 +49,7 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     add("--models", type=Path, help="folder of models (default: models in --peers, or .cache)")
     add("--build", type=Path, help="folder with bench_engine and limits")
     add("--out", type=Path, default=Path("build/bench-results"))
+    add("--merge", type=Path, help="results.json of earlier calls: what is not run now is kept")
     add("--samples", type=int, help="of each program (3; quick: 1)")
     add("--threads", type=int, default=os.cpu_count() or 1)
     add("--activations", default="a8", help="of the long workloads (a8)")
@@ -93,6 +97,17 @@ def _read_bandwidth(limits: list[dict[str, Any]]) -> tuple[float | None, float |
     return (max(seen), min(seen)) if seen else (None, None)
 
 
+def _save(
+    document: dict[str, Any], before: dict[str, Any] | None, order: list[str], out: Path
+) -> dict[str, Any]:
+    """Writes and returns `document`, joined with the results of earlier calls."""
+    merged = merge(before, document, order)
+    if document["clock"] == "wall":  # CPU times of single threads do not add up to an answer
+        merged["budget"] = budget(series_of(merged), earlier(merged))
+    write(merged, out)
+    return merged
+
+
 def main(arguments: list[str]) -> int:
     """Runs what was asked and prints the table."""
     options = _arguments(arguments)
@@ -118,13 +133,6 @@ def main(arguments: list[str]) -> int:
         return 0
     if not chosen:
         sys.exit(f"no bench has {options.only} in its name; --list shows them")
-    for bench in chosen:
-        bench.prepare()
-
-    runs = 1 if options.tiny else 3
-    measured: list[dict[str, Any]] = [machine(limits, runs, threads)]
-    results: dict[str, dict[str, Series]] = {}
-    table: list[dict[str, Any]] = []
     document: dict[str, Any] = {
         "machine": _machine_name(),
         "threads": threads,
@@ -133,11 +141,25 @@ def main(arguments: list[str]) -> int:
         "revision": _revision(),
         "samples": samples,
         "versions": versions(programs),
-        "limits": {"before": measured[0]},
-        "rows": table,
+        "limits": {},
+        "rows": [],
         "budget": [],
         "series": {},
     }
+    before = None
+    if options.merge:
+        try:
+            before = json.loads(options.merge.read_text())
+            check(before, document)
+        except (OSError, ValueError, Mismatch) as reason:
+            sys.exit(f"--merge {options.merge}: {reason}")
+    order = [bench.name for bench in found]
+    for bench in chosen:
+        bench.prepare()
+
+    runs = 1 if options.tiny else 3
+    measured: list[dict[str, Any]] = [machine(limits, runs, threads)]
+    document["limits"]["before"] = measured[0]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn())  # fmt: skip
     with Progress(*columns, console=console) as progress:
@@ -150,18 +172,15 @@ def main(arguments: list[str]) -> int:
 
             everyone = [*bench.ours, *bench.peers]
             series = alternate(everyone, samples, options.patience, step, options.cpu)
-            results[bench.name] = series
             measured.append(machine(limits, 1, threads))
             # One thread of a busy machine says nothing about the bandwidth of all.
             read = (None, None) if options.cpu else _read_bandwidth(measured[-2:])
-            table += rows(bench, series, *read)
+            document["rows"] += rows(bench, series, *read)
             document["series"][bench.name] = [s.to_json() for s in series.values()]
             # Written after every bench: what was measured survives an interruption.
-            document["budget"] = [] if options.cpu else budget(results)
-            write(document, options.out)
+            _save(document, before, order, options.out)
     document["limits"]["after"] = machine(limits, runs, threads)
-    write(document, options.out)
-    console.print(Markdown(markdown(document)))
+    console.print(Markdown(markdown(_save(document, before, order, options.out))))
     print(f"{options.out}/results.json, table.md, ratios.png")
     return 0
 

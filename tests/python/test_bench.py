@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tests" / "bench"
 sys.path.insert(0, str(BENCH))
 import instructions  # noqa: E402
+import merging  # noqa: E402
 import models  # noqa: E402
 import report  # noqa: E402
 from benches import Bench, Target  # noqa: E402
@@ -81,6 +82,91 @@ def test_only_the_models_of_the_benches_that_run_are_made(tmp_path: Path) -> Non
     chosen = ("--tiny", "--patience", "0", "--only", "load", "--build", _programs())
     _run(*chosen, "--out", tmp_path / "out", "--models", tmp_path / "models")
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["tiny-w4g128"]
+
+
+def test_a_later_call_replaces_its_benches_and_keeps_the_others(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(tiny_run))
+    chosen = ("--tiny", "--patience", "0", "--only", "load", "--build", _programs())
+    where = ("--out", tmp_path, "--models", tmp_path / "models")
+    _run(*chosen, *where, "--merge", tmp_path / "results.json")
+    merged = json.loads((tmp_path / "results.json").read_text())
+    assert list(merged["series"]) == list(tiny_run["series"])
+    assert merged["series"]["tower-tiny"] == tiny_run["series"]["tower-tiny"]
+    assert merged["series"]["load-tiny"] != tiny_run["series"]["load-tiny"]
+    assert [run["benches"] for run in merged["runs"]] == [
+        ["prefill-tiny", "decode-tiny", "tower-tiny"],
+        ["load-tiny"],
+    ]
+    assert [row["run"] for row in merged["rows"]] == [1, 1, 1, 2]
+    assert merged["runs"][0]["limits"] == tiny_run["limits"]
+    table = (tmp_path / "table.md").read_text()
+    assert "Run 1: " in table
+    assert "Run 2: " in table
+
+
+def _call(series: dict[str, list[Series]], **fields: Any) -> dict[str, Any]:
+    """A document of one call."""
+    rows = [{"bench": name, "workload": name} for name in series]
+    document = {"machine": "AMD EPYC", "threads": 2, "clock": "wall", "samples": 1, "rows": rows}
+    document |= {"date": "today", "revision": "new", "versions": {}, "limits": {}, "budget": []}
+    listed = {name: [one.to_json() for one in of] for name, of in series.items()}
+    return document | {"series": listed} | fields
+
+
+def test_rows_of_stored_results_say_which_call_they_are_from() -> None:
+    stored = json.loads((BENCH / "results.json").read_text())
+    merged = merging.merge(stored, _call({"load": [_series("w4g128", [0.1])]}))
+    for row in merged["rows"]:
+        assert row["bench"] in merged["runs"][row["run"] - 1]["benches"]
+    assert len(merged["rows"]) == len(stored["rows"])
+    assert merged["runs"][-1]["benches"] == ["load"]
+    assert merged["runs"][-1]["revision"] == "new"
+    assert not any("load" in run["benches"] for run in merged["runs"][:-1])
+    of_load = next(row for row in merged["rows"] if row["bench"] == "load")
+    assert of_load["workload"] == "load"  # the new one
+
+
+def test_results_of_another_number_of_threads_are_not_merged() -> None:
+    old = _call({"a": [_series("x", [1.0])]})
+    with pytest.raises(merging.Mismatch, match="threads 2 and 4"):
+        merging.merge(old, _call({"b": [_series("x", [1.0])]}, threads=4))
+
+
+def test_merged_benches_are_in_the_order_of_the_list() -> None:
+    old = _call({"c": [_series("x", [1.0])], "gone": [], "a": []})
+    merged = merging.merge(old, _call({"b": []}, samples=3), ["a", "b", "c"])
+    assert merged["samples"] == "1 to 3"
+    assert list(merged["series"]) == ["a", "b", "c", "gone"]
+    assert [row["run"] for row in merged["rows"]] == [1, 2, 1, 1]
+
+
+def test_samples_survive_being_stored() -> None:
+    series = _series("w4 a8", [9.0, 1.0, 2.0], others=0.5, batch=8)
+    series.others[0] = 0.0
+    again = Series.from_json(json.loads(json.dumps(series.to_json())))
+    assert again == series
+    assert again.median == 9.0
+    skipped = Series("x", skipped="not here")
+    assert Series.from_json(skipped.to_json()) == skipped
+
+
+def test_the_budget_takes_from_earlier_calls_what_is_missing_and_says_so() -> None:
+    stored = json.loads((BENCH / "results.json").read_text())
+    decoding = {"video-frames": [_series("PyAV", [0.25])]}
+    merged = merging.merge(stored, _call(decoding))
+    stages = {
+        stage["stage"]: stage
+        for stage in report.budget(merging.series_of(merged), merging.earlier(merged))
+    }
+    assert stages["decode and resize frames"]["ours"] == 0.25
+    assert "from the run" not in stages["decode and resize frames"]["how"]
+    before = {stage["stage"]: stage for stage in stored["budget"]}
+    for name, bench in (("vision tower", "tower"), ("prompt", "video-llm")):
+        assert stages[name]["ours"] == pytest.approx(before[name]["ours"])
+        (run,) = (run for run in stored["runs"] if bench in run["benches"])
+        assert f"from the run of {run['date']}, revision {run['revision']}" in stages[name]["how"]
 
 
 def test_limits_of_the_machine_are_measured(tiny_run: dict[str, Any]) -> None:
