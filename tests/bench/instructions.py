@@ -37,6 +37,33 @@ def compiler(program: Path) -> str:
     return "unknown"
 
 
+def build_type(program: Path) -> str:
+    """CMAKE_BUILD_TYPE of the build folder that `program` is in."""
+    for folder in program.resolve().parents:
+        cache = folder / "CMakeCache.txt"
+        if cache.is_file():
+            found = re.search(r"^CMAKE_BUILD_TYPE:\w+=(.*)$", cache.read_text(), re.MULTILINE)
+            return found[1] if found and found[1] else "none"
+    return "unknown"
+
+
+def choose(build: Path | None, root: Path) -> Path:
+    """count_kernels of `build`, or of a Release build below `root`. Errors: RuntimeError.
+
+    Assertions and a lower optimisation cost instructions: only a Release build is comparable.
+    """
+    places = [build] if build else sorted(root.glob("build/*/tests/bench"))
+    programs = [place / "count_kernels" for place in places if (place / "count_kernels").is_file()]
+    for program in programs:
+        if build_type(program) == "Release":
+            return program
+    what = "; ".join(f"{p} is of build type {build_type(p)}" for p in programs)
+    raise RuntimeError(
+        f"{what or 'no count_kernels found'}. The baseline is of a Release build: cmake --preset "
+        "release -DFRAMEQUILT_BENCH=ON && cmake --build build/release --target count_kernels"
+    )
+
+
 def count(program: Path, case: str) -> int:
     """Instructions inside the counted call of one case. Errors: RuntimeError."""
     with tempfile.TemporaryDirectory() as folder:
@@ -78,12 +105,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--update", action="store_true", help="write the baseline")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args(arguments)
-    places = [options.build] if options.build else [*HERE.parents[1].glob("build/*/tests/bench")]
-    programs = [place / "count_kernels" for place in places if (place / "count_kernels").is_file()]
-    if not programs or shutil.which("valgrind") is None:
-        print("needs valgrind, and count_kernels built with -DFRAMEQUILT_BENCH=ON (or --build)")
+    try:
+        program = choose(options.build, HERE.parents[1])
+    except RuntimeError as reason:
+        print(reason)
         return 2
-    program = programs[0]
+    if shutil.which("valgrind") is None:
+        print("needs valgrind")
+        return 2
     listed = subprocess.run([program, "--list"], capture_output=True, text=True, check=True)
     cases = [case for case in listed.stdout.splitlines() if options.only in case]
     with ThreadPoolExecutor(2) as workers:

@@ -362,3 +362,36 @@ def test_an_instruction_count_may_rise_by_the_tolerance_only() -> None:
     assert wrong[0].startswith("c:")
     assert wrong[1].startswith("new:")
     assert wrong[2].startswith("gone:")
+
+
+def _build(root: Path, name: str, kind: str) -> Path:
+    """A build folder of that type with something called count_kernels."""
+    folder = root / "build" / name / "tests" / "bench"
+    folder.mkdir(parents=True)
+    (folder / "count_kernels").touch()
+    cache = f"CMAKE_BUILD_PARALLEL:STRING=Release\nCMAKE_BUILD_TYPE:STRING={kind}\nOTHER:BOOL=ON\n"
+    (root / "build" / name / "CMakeCache.txt").write_text(cache)
+    return folder
+
+
+def test_instructions_are_counted_in_a_release_build_only(tmp_path: Path) -> None:
+    dev = _build(tmp_path, "dev", "RelWithDebInfo")
+    for asked in (None, dev):
+        with pytest.raises(RuntimeError, match="of build type RelWithDebInfo.*--preset release"):
+            instructions.choose(asked, tmp_path)
+    release = _build(tmp_path, "release", "Release")
+    assert instructions.choose(None, tmp_path) == release / "count_kernels"
+    assert instructions.choose(release, tmp_path) == release / "count_kernels"
+    with pytest.raises(RuntimeError, match="of build type RelWithDebInfo"):
+        instructions.choose(dev, tmp_path)
+    (tmp_path / "build" / "release" / "CMakeCache.txt").unlink()
+    with pytest.raises(RuntimeError, match="of build type unknown"):
+        instructions.choose(release, tmp_path)
+
+
+def test_without_a_build_the_instruction_gate_says_how_to_make_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dev = _build(tmp_path, "dev", "RelWithDebInfo")
+    assert instructions.main(["--build", str(dev), "--update"]) == 2
+    assert "cmake --preset release -DFRAMEQUILT_BENCH=ON" in capsys.readouterr().out
