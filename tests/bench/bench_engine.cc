@@ -1,7 +1,7 @@
 // Times the engine as its users drive it: opens a model directory, submits random token prompts,
 // random frames or ready-made visual rows, and prints one JSON object. One thread drives the engine
-// step by step, so that a sample begins and ends between steps. How to run and read it:
-// tests/bench/README.md.
+// step by step, so that a sample begins and ends between steps. One mode times a stage of the
+// engine that cannot be told apart from outside. How to run and read it: tests/bench/README.md.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -9,12 +9,16 @@
 #include <cstdlib>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "framequilt/engine.h"
+#include "src/backend/backend.h"
+#include "src/blocks/vision.h"
+#include "src/core/thread_pool.h"
 #include "src/model/directory.h"
 #include "src/model/slots.h"
 
@@ -26,13 +30,13 @@ constexpr int kPageTokens = 64;
 
 struct Options {
   std::string model;
-  std::string mode;  // prefill | decode | vision | rows | load
+  std::string mode;  // prefill | decode | vision | projector | rows | load
   EngineOptions engine;
   std::string activations;
   int tokens = 64;       // generated and timed (decode, vision, rows)
   int prompt = 512;      // text tokens of the prompt
   int batch = 1;         // sequences (decode)
-  int frames = 1;        // frames (vision), frames of rows (rows)
+  int frames = 1;        // frames (vision, projector: of one call), frames of rows (rows)
   int frame_rows = 210;  // rows of one frame (rows)
   double cost = 1.0;     // below 1: with token reduction (vision, rows)
   double motion = 0.5;   // share of the rows of a frame that differ from the frame before (rows)
@@ -90,6 +94,17 @@ Request text_request(const model::ModelSpec& spec, int prompt, int tokens, unsig
   request.sampling.temperature = 0.0f;
   request.sampling.ignore_eos = true;
   return request;
+}
+
+Media random_frames(const model::ModelSpec& spec, int frames) {
+  const model::VisionSpec& vision = *spec.vision;
+  Media media;
+  media.kind = MediaKind::kVideo;
+  media.frames = frames;
+  media.height = media.width = vision.image_size;
+  const size_t frame = static_cast<size_t>(vision.channels) * vision.image_size * vision.image_size;
+  media.data = random_values(frame * static_cast<size_t>(frames), 0.5f, 5);
+  return media;
 }
 
 void reduce(const Options& options, Request* request) {
@@ -169,7 +184,7 @@ class Bench {
     Request request = text_request(spec_, frame ? 8 : options_.prompt, 1, 3);
     if (frame) {
       request.prompt.push_back(kMediaToken);
-      request.media.push_back(pixels(1));
+      request.media.push_back(random_frames(spec_, 1));
     }
     Stream whole = engine_->submit(std::move(request));
     count = 0;
@@ -268,18 +283,6 @@ class Bench {
     return media;
   }
 
-  Media pixels(int frames) const {
-    const model::VisionSpec& vision = *spec_.vision;
-    Media media;
-    media.kind = MediaKind::kVideo;
-    media.frames = frames;
-    media.height = media.width = vision.image_size;
-    const size_t frame =
-        static_cast<size_t>(vision.channels) * vision.image_size * vision.image_size;
-    media.data = random_values(frame * static_cast<size_t>(frames), 0.5f, 5);
-    return media;
-  }
-
   int media() {
     if (options_.mode == "vision" && !spec_.vision) {
       return fail({Code::kInvalidArgument, "the model has no vision tower", ""});
@@ -287,7 +290,8 @@ class Bench {
     if (!warm_up()) return fail(error_);
     Request request = text_request(spec_, options_.prompt, options_.tokens, 6);
     request.prompt.insert(request.prompt.begin() + options_.prompt / 2, kMediaToken);
-    request.media.push_back(options_.mode == "vision" ? pixels(options_.frames) : visual_rows());
+    request.media.push_back(options_.mode == "vision" ? random_frames(spec_, options_.frames)
+                                                      : visual_rows());
     reduce(options_, &request);
     const double start = seconds();
     Stream stream = engine_->submit(std::move(request));
@@ -320,6 +324,61 @@ class Bench {
   std::vector<std::pair<std::string, double>> extra_;
 };
 
+// What follows the tower: projector, pooling and newlines of `frames` frames at a time, as the
+// engine calls them. In the engine this is a small part of the time of a stage that the tower
+// dominates, so that it cannot be had as a difference.
+int projector(const Options& options, const Model& model) {
+  constexpr double kSeconds = 0.5;
+  constexpr int kCalls = 5;
+  const model::ModelDirectory& directory = model.directory();
+  if (!directory.spec().vision) {
+    return fail({Code::kInvalidArgument, "the model has no vision tower", ""});
+  }
+  auto backend = backend::make_cpu_backend(options.engine.simd);
+  if (!backend) return fail(backend.error());
+  ThreadPool pool(options.engine.threads);
+  std::optional<model::ActivationFormat> activations;
+  if (!options.activations.empty()) {
+    activations = model::parse_activation_format(options.activations);
+    if (!activations) {
+      return fail(
+          {Code::kInvalidArgument, "no activation format '" + options.activations + "'", ""});
+    }
+  }
+  auto bound = blocks::Vision::bind({directory, **backend, pool, activations, false});
+  if (!bound) return fail(bound.error());
+  const blocks::Vision& vision = **bound;
+  const Media media = random_frames(directory.spec(), options.frames);
+  const auto layout = vision.layout(media, true);
+  if (!layout) return fail(layout.error());
+  const auto rows = static_cast<size_t>(options.frames) * static_cast<size_t>(vision.patches());
+  const auto width = static_cast<size_t>(vision.output_width());
+  std::vector<float> x(rows * static_cast<size_t>(vision.spec().hidden)), projected(rows * width);
+  std::vector<float> out(static_cast<size_t>(layout->rows) * width);
+  std::vector<float> scratch(static_cast<size_t>(vision.scratch_floats(options.frames)));
+  vision.embed(media.data.data(), options.frames, x.data(), scratch.data(), pool);
+  const auto call = [&] {
+    vision.project(x.data(), options.frames, projected.data(), scratch.data(), pool);
+    const double done = seconds();
+    vision.arrange_video(media, 0, options.frames, projected.data(), out.data());
+    return seconds() - done;
+  };
+  call();  // pages are touched, threads awake
+  int calls = 0;
+  double arranged = 0, wall = 0;
+  for (const double start = seconds(); calls < kCalls || wall < kSeconds;
+       wall = seconds() - start) {
+    arranged += call();
+    ++calls;
+  }
+  const double value = wall / (static_cast<double>(calls) * options.frames);
+  std::printf(
+      "{\"value\": %.6g, \"unit\": \"s/frame\", \"seconds\": %.6g, \"calls\": %d, "
+      "\"arrange_share\": %.6g, \"visual_rows\": %d}\n",
+      value, wall, calls, arranged / wall, static_cast<int>(layout->rows));
+  return 0;
+}
+
 int run(Options& options) {
   if (!set_activations(&options.engine, options.activations)) {
     return fail({Code::kUnsupported, "this engine has no option for activations",
@@ -328,6 +387,7 @@ int run(Options& options) {
   const double start = seconds();
   auto model = Model::open(options.model);
   if (!model) return fail(model.error());
+  if (options.mode == "projector") return projector(options, **model);
   options.engine.manual_step = true;
   options.engine.text = false;
   auto engine = Engine::create(*model, options.engine);
@@ -346,8 +406,9 @@ int run(Options& options) {
 int usage() {
   std::fprintf(
       stderr,
-      "usage: bench_engine MODEL prefill|decode|vision|rows|load [--prompt N] [--tokens N]\n"
-      "       [--batch N] [--frames N] [--frame-rows N] [--cost C] [--motion M] [--bound S]\n"
+      "usage: bench_engine MODEL prefill|decode|vision|projector|rows|load [--prompt N]\n"
+      "       [--tokens N] [--batch N] [--frames N] [--frame-rows N] [--cost C] [--motion M] "
+      "[--bound S]\n"
       "       [--kv kv8] [--activations a16] [--threads N] [--chunk-rows N] [--memory-mib N]\n"
       "       [--simd TARGET] [--warm-up 0]\n");
   return 2;
@@ -362,7 +423,7 @@ int main(int argc, char** argv) {
   options.model = argv[1];
   options.mode = argv[2];
   options.engine.memory_bytes = uint64_t{2} << 30;
-  const std::string_view modes[] = {"prefill", "decode", "vision", "rows", "load"};
+  const std::string_view modes[] = {"prefill", "decode", "vision", "projector", "rows", "load"};
   if (std::find(std::begin(modes), std::end(modes), options.mode) == std::end(modes)) {
     return fq::usage();
   }

@@ -265,11 +265,11 @@ def video(p: Programs, activations: str) -> list[Bench]:
                      higher_is_better=False)  # fmt: skip
     command = (sys.executable, str(script), str(VIDEO_FRAMES))
     decoding.add("ours", lambda: Runner("PyAV", command, last_json, (("PYTHONPATH", python),)))
-    projector = Bench("video-projector", "projector, difference of two towers", "s/frame", [],
+    projector = Bench("video-projector", "projector and pooling of a frame", "s/frame", [],
                       higher_is_better=False)  # fmt: skip
-    for label, model in (("with", "llava-video-1l"), ("without", "siglip-1l")):
-        options = {"frames": 4, "prompt": 8, "tokens": 2, "activations": activations}
-        projector.add("ours", _engine(p, label, model, "w4g128", "vision", **options))
+    options = {"frames": 1, "activations": activations}  # as many as the engine takes at once
+    label = f"w4g128 {activations}"
+    projector.add("ours", _engine(p, label, "llava-video-1l", "w4g128", "projector", **options))
     language = Bench("video-llm", f"{rows} rows, then 64 tokens, {SIZES[name]}", "s", [],
                      higher_is_better=False)  # fmt: skip
     for cost in (1.0, 0.3):
@@ -336,9 +336,12 @@ def tiny_benches(p: Programs) -> list[Bench]:
     )
     options = {"frames": 2, "prompt": 8, "tokens": 2, "cost": 0.5}
     frames.add("ours", _engine(p, "f32 a16", "tiny-video", "f32", "vision", **options))
+    projector = Bench("projector-tiny", "projector, toy", "s/frame", [], higher_is_better=False)
+    options = {"frames": 2, "activations": "a16"}
+    projector.add("ours", _engine(p, "f32 a16", "tiny-video", "f32", "projector", **options))
     loaded = Bench(
         "load-tiny", "load, toy", "s", [Target("seconds", ("w4g128",), seconds=1.0)],
         higher_is_better=False,
     )  # fmt: skip
     loaded.add("ours", _engine(p, "w4g128", "tiny", "w4g128", "load"))
-    return [prompt, steps, frames, loaded]
+    return [prompt, steps, frames, projector, loaded]

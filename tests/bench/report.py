@@ -133,7 +133,7 @@ def budget(
     towers = VIDEO_FRAMES * 26 / 27
     frames = of("video-frames", "PyAV")
     tower, peer_tower = of("tower", "w4g128", "w8g128", "f32"), of("tower", "onnxruntime", "torch")
-    both = of("video-projector", "with"), of("video-projector", "without")
+    projector = of("video-projector", "w4g128")
     plain, reduced = of("video-llm", "cost 1"), of("video-llm", "cost 0.3")
     prefill, decode = of("video-llm", "llama.cpp prefill"), of("video-llm", "llama.cpp decode")
     rows_of_prompt = plain.detail["prompt_rows"] if plain else None
@@ -144,9 +144,7 @@ def budget(
             how += f"; from the run of {earlier[bench]}"
         return {"stage": stage, "ours": ours, "reduced": with_reduction, "peer": peer, "how": how}
 
-    projected = None
-    if both[0] and both[1]:
-        projected = max(both[0].median - both[1].median, 0.0) * VIDEO_FRAMES
+    projected = projector.median * VIDEO_FRAMES if projector else None
     seconds = frames.median if frames else None
     eye = tower.median * towers if tower else None
     as_ours = "peers: taken as ours"
@@ -155,7 +153,8 @@ def budget(
         row("vision tower", "tower", eye, eye,
             peer_tower.median * towers if peer_tower else None,
             f"{tower.name if tower else '-'}; peer {peer_tower.name if peer_tower else '-'}"),
-        row("projector", "video-projector", projected, projected, projected, as_ours),
+        row("projector", "video-projector", projected, projected, projected,
+            as_ours if projector else "not measured"),
         row("prompt", "video-llm",
             *(s.detail["prefill_s"] * depth if s else None for s in (plain, reduced)),
             rows_of_prompt / prefill.median * depth if prefill and rows_of_prompt else None,

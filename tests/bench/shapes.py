@@ -144,8 +144,7 @@ def video_model(tower: TowerShape, shape: DecoderShape) -> Model:
 
 MODELS = {name: text_model(shape) for name, shape in DECODERS.items()} | {
     "siglip": video_model(SIGLIP_SO400M, NO_DECODER),
-    # The projector alone is the difference between these two.
-    "siglip-1l": video_model(replace(SIGLIP_SO400M, layers=1), NO_DECODER),
+    # For its projector: a layer of tower and decoder each is the least that a model has.
     "llava-video-1l": video_model(replace(SIGLIP_SO400M, layers=1), replace(QWEN2_7B_4L, layers=1)),
     "tiny-video": video_model(TINY_TOWER, TINY),
 }

@@ -56,7 +56,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_every_bench_of_a_tiny_run_has_a_value(tiny_run: dict[str, Any]) -> None:
-    assert set(tiny_run["series"]) == {"prefill-tiny", "decode-tiny", "tower-tiny", "load-tiny"}
+    names = {f"{kind}-tiny" for kind in ("prefill", "decode", "tower", "projector", "load")}
+    assert set(tiny_run["series"]) == names
     for listed in tiny_run["series"].values():
         for series in listed:
             assert series.get("median", 0) > 0, series
@@ -96,7 +97,7 @@ def test_a_later_call_replaces_its_benches_and_keeps_the_others(
     assert merged["series"]["tower-tiny"] == tiny_run["series"]["tower-tiny"]
     assert merged["series"]["load-tiny"] != tiny_run["series"]["load-tiny"]
     assert [run["benches"] for run in merged["runs"]] == [
-        ["prefill-tiny", "decode-tiny", "tower-tiny"],
+        ["prefill-tiny", "decode-tiny", "tower-tiny", "projector-tiny"],
         ["load-tiny"],
     ]
     assert [row["run"] for row in merged["rows"]] == [1, 1, 1, 2]
@@ -154,14 +155,18 @@ def test_samples_survive_being_stored() -> None:
 
 def test_the_budget_takes_from_earlier_calls_what_is_missing_and_says_so() -> None:
     stored = json.loads((BENCH / "results.json").read_text())
-    decoding = {"video-frames": [_series("PyAV", [0.25])]}
-    merged = merging.merge(stored, _call(decoding))
+    parts = {
+        "video-frames": [_series("PyAV", [0.25])],
+        "video-projector": [_series("w4g128 a8", [0.5])],
+    }
+    merged = merging.merge(stored, _call(parts))
     stages = {
         stage["stage"]: stage
         for stage in report.budget(merging.series_of(merged), merging.earlier(merged))
     }
     assert stages["decode and resize frames"]["ours"] == 0.25
     assert "from the run" not in stages["decode and resize frames"]["how"]
+    assert stages["projector"]["ours"] == 0.5 * 32
     before = {stage["stage"]: stage for stage in stored["budget"]}
     for name, bench in (("vision tower", "tower"), ("prompt", "video-llm")):
         assert stages[name]["ours"] == pytest.approx(before[name]["ours"])
@@ -215,6 +220,15 @@ def test_a_reduced_video_keeps_fewer_rows(tiny_run: dict[str, Any]) -> None:
     # 4 x 4 patches, pooled by 2, with a newline per row of the grid: 6 rows of each of two frames.
     assert detail["visual_rows"] == 12
     assert 0 < detail["kept_share"] < 1
+
+
+def test_the_projector_stage_makes_the_rows_of_a_prompt(tiny_run: dict[str, Any]) -> None:
+    """And is timed often enough: it is milliseconds beside a tower's seconds."""
+    detail = tiny_run["series"]["projector-tiny"][0]["detail"]
+    assert detail["visual_rows"] == 12
+    assert detail["calls"] >= 5
+    assert detail["value"] * 2 * detail["calls"] == pytest.approx(detail["seconds"], rel=1e-4)
+    assert 0 < detail["arrange_share"] < 1
 
 
 @pytest.mark.parametrize("weights", ["f32", "bf16", "w4g128", "w8g128"])
