@@ -72,9 +72,9 @@ HWY_NOINLINE void IntegerStreamUnits(const ops::LinearArgs& args, const Inputs& 
   const auto* const data = static_cast<const std::byte*>(w.data);
   const auto unit_of = [&](int64_t u) FRAMEQUILT_INLINE { return unit + std::min(u, count - 1); };
   // Tiles are short, and several are read at once: a hardware prefetcher does not follow. What is
-  // kAhead bytes further in a tile is asked for; behind its end, the beginning of the tile that
-  // comes at its place next.
-  constexpr int64_t kAhead = 1024;
+  // kAhead bytes further in a tile is asked for, 2 KiB in all (four times as much was up to 15 %
+  // slower); behind its end, the beginning of the tile that comes at its place next.
+  constexpr int64_t kAhead = 2048 / (kUnits * kTilesPerUnit);
   constexpr int64_t kSkipped = std::max(1, kUnits * kLanes / kTileRows) - 1;
   const auto row_of = [&](int64_t r) FRAMEQUILT_INLINE { return row + std::min(r, rows - 1); };
   VF sums[kRows * kUnits];
