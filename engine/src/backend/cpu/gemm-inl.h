@@ -119,26 +119,28 @@ template <int kVectors>
 constexpr auto kMicroKernels =
     MakeMicroKernels<kVectors>(std::make_integer_sequence<int, kMaxAccumulators / kVectors>());
 
-// All `rows` of a panel of kVectors vectors. Rows are cut into tiles of even size; between(tiles)
-// is called before each of them.
-template <int kVectors, class Between>
-inline void GemmPanel(GemmBlock g, int64_t rows, const Between& between) {
+// All `rows` of a panel of kVectors vectors, in tiles of even size: before(begin, count) and
+// after(begin, count) are called around the rows of each.
+template <int kVectors, class Before, class After>
+inline void GemmPanel(const GemmBlock& g, int64_t rows, const Before& before, const After& after) {
   constexpr int64_t kMost = kMaxAccumulators / kVectors;
   const int64_t tiles = (rows + kMost - 1) / kMost;
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    between(tiles);
     const int64_t begin = rows * tile / tiles;
     const int64_t count = rows * (tile + 1) / tiles - begin;
+    before(begin, count);
     GemmBlock part = g;
     part.a += begin * g.a_stride;
     part.c += begin * g.c_stride;
     kMicroKernels<kVectors>[static_cast<size_t>(count - 1)](part);
+    after(begin, count);
   }
 }
 
 template <int kVectors>
 inline void GemmPanel(const GemmBlock& g, int64_t rows) {
-  GemmPanel<kVectors>(g, rows, [](int64_t) {});
+  const auto nothing = [](int64_t, int64_t) {};
+  GemmPanel<kVectors>(g, rows, nothing, nothing);
 }
 
 // `columns` a multiple of kLanes. Few rows take wide panels, so that enough accumulators are in

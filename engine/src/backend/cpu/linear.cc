@@ -79,23 +79,28 @@ void PanelItem(const ops::LinearArgs& args, const PanelFormat& format, int64_t r
                            : end < w.in ? ask_for(column_begin, end)
                                         : ask_for(next_column, 0);
       const int64_t lines = ahead.lines();
-      const auto ask = [&](int64_t tiles) { ahead.Ask((lines + tiles - 1) / tiles); };
+      const bool last = column + kPanelColumns >= column_end && end == w.in;
+      // With the last products, a tile's outputs are asked for before it and written after it, so
+      // that the writing of one goes on while the next one is multiplied.
+      const int64_t out_end = std::min<int64_t>(column_end, w.out);
+      const auto before = [&](int64_t first, int64_t count) {
+        ahead.Ask((lines * count + rows - 1) / rows);
+        if (last) AskForOutputs(args, row_begin + first, count, column_begin, out_end);
+      };
+      const auto after = [&](int64_t first, int64_t count) {
+        if (!last) return;
+        for (int64_t r = first; r < first + count; ++r) {
+          const float* const sums = scratch.sums.data() + r * kGroupColumns;
+          for (int64_t c = column_begin; c < out_end; c += kLanes)
+            Finish(args, row_begin + r, c, hn::Load(df, sums + c - column_begin));
+        }
+      };
       if (vectors == 2) {
-        GemmPanel<2>(g, rows, ask);
+        GemmPanel<2>(g, rows, before, after);
       } else {
-        GemmPanel<1>(g, rows, ask);
+        GemmPanel<1>(g, rows, before, after);
       }
     }
-  }
-  column_end = std::min<int64_t>(column_end, w.out);
-  for (int64_t r = 0; r < std::min(rows, kOutputsAhead); ++r)
-    AskForOutputs(args, row_begin + r, column_begin, column_end);
-  for (int64_t r = 0; r < rows; ++r) {
-    if (r + kOutputsAhead < rows)
-      AskForOutputs(args, row_begin + r + kOutputsAhead, column_begin, column_end);
-    const float* const sums = scratch.sums.data() + r * kGroupColumns;
-    for (int64_t column = column_begin; column < column_end; column += kLanes)
-      Finish(args, row_begin + r, column, hn::Load(df, sums + column - column_begin));
   }
 }
 

@@ -325,19 +325,21 @@ template <int kPlanes>
 constexpr auto kIntegerMicros = MakeIntegerMicros<kPlanes>(
     std::make_integer_sequence<int, kIntegerMicroRows - kIntegerLeastRows + 1>());
 
-template <int kPlanes>
-void IntegerPanel(const IntegerBlock& b, int64_t rows, WeightsAhead ahead) {
+// All `rows` of a panel, in tiles of even size: before(begin, count) and after(begin, count) are
+// called around the rows of each.
+template <int kPlanes, class Before, class After>
+void IntegerPanel(const IntegerBlock& b, int64_t rows, const Before& before, const After& after) {
   const int64_t tiles = (rows + kIntegerMicroRows - 1) / kIntegerMicroRows;
-  const int64_t lines = (ahead.lines() + tiles - 1) / tiles;
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    ahead.Ask(lines);
     const int64_t begin = rows * tile / tiles;
     const int64_t count = rows * (tile + 1) / tiles - begin;
+    before(begin, count);
     IntegerBlock part = b;
     part.x += begin * b.x_stride;
     part.input_sums += begin * b.input_spans;
     part.sums += begin * kIntegerSumStride;
     kIntegerMicros<kPlanes>[static_cast<size_t>(count - kIntegerLeastRows)](part);
+    after(begin, count);
   }
 }
 
@@ -402,22 +404,34 @@ void IntegerItem(const ops::LinearArgs& args, const Inputs& inputs, int64_t row_
       }
       b.sums = scratch.sums.data() + (column - column_begin);
       const bool more_columns = column + kIntegerColumns < column_end;
-      IntegerPanel<kDotPlanes<kBits>>(b, rows,
-                                      more_columns   ? ask_for(column + kIntegerColumns, begin)
-                                      : end < padded ? ask_for(column_begin, end)
-                                                     : ask_for(next_column, 0));
-    }
-  }
-  column_end = std::min<int64_t>(column_end, w.out);
-  for (int64_t r = 0; r < std::min(rows, kOutputsAhead); ++r)
-    AskForOutputs(args, row_begin + r, column_begin, column_end);
-  for (int64_t r = 0; r < rows; ++r) {
-    if (r + kOutputsAhead < rows)
-      AskForOutputs(args, row_begin + r + kOutputsAhead, column_begin, column_end);
-    const float* const sums = scratch.sums.data() + r * kIntegerSumStride;
-    for (int64_t column = column_begin; column < column_end; column += kLanes) {
-      FinishInteger(args, inputs, row_begin + r, column,
-                    hn::Load(DF(), sums + column - column_begin));
+      WeightsAhead ahead = more_columns   ? ask_for(column + kIntegerColumns, begin)
+                           : end < padded ? ask_for(column_begin, end)
+                                          : ask_for(next_column, 0);
+      const int64_t lines = ahead.lines();
+      const auto ask = [&](int64_t, int64_t count) {
+        ahead.Ask((lines * count + rows - 1) / rows);
+      };
+      if (more_columns || end < padded) {
+        IntegerPanel<kDotPlanes<kBits>>(b, rows, ask, [](int64_t, int64_t) {});
+        continue;
+      }
+      // The last products: a tile's outputs are asked for before it and written after it, so that
+      // the writing of one goes on while the next one is multiplied.
+      const int64_t out_end = std::min<int64_t>(column_end, w.out);
+      IntegerPanel<kDotPlanes<kBits>>(
+          b, rows,
+          [&](int64_t first, int64_t count) {
+            ask(first, count);
+            AskForOutputs(args, row_begin + first, count, column_begin, out_end);
+          },
+          [&](int64_t first, int64_t count) {
+            for (int64_t r = first; r < first + count; ++r) {
+              const float* const sums = scratch.sums.data() + r * kIntegerSumStride;
+              for (int64_t c = column_begin; c < out_end; c += kLanes)
+                FinishInteger(args, inputs, row_begin + r, c,
+                              hn::Load(DF(), sums + c - column_begin));
+            }
+          });
     }
   }
 }

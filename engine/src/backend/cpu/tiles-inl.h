@@ -189,13 +189,15 @@ inline WeightsAhead AskFor(const LinearWeights& w, int64_t tile_stride, int64_t 
   return ahead;
 }
 
-// Rows of a panel's results are far apart, and each begins with a miss: they are asked for this
-// many rows before they are written.
-constexpr int64_t kOutputsAhead = 8;
-HWY_INLINE void AskForOutputs(const ops::LinearArgs& args, int64_t row, int64_t column,
-                              int64_t column_end) {
-  const float* const y = args.y + row * args.y_stride;
-  for (; column < column_end; column += 16) __builtin_prefetch(y + column, 1, 3);
+// Rows of a panel's results are far apart, and each begins with a miss: they are asked for while
+// the sums are still growing.
+HWY_INLINE void AskForOutputs(const ops::LinearArgs& args, int64_t row, int64_t rows,
+                              int64_t column_begin, int64_t column_end) {
+  const float* y = args.y + row * args.y_stride;
+  for (; rows > 0; --rows, y += args.y_stride) {
+    for (int64_t column = column_begin; column < column_end; column += 16)
+      __builtin_prefetch(y + column, 0, 2);
+  }
 }
 
 // --- Results ---------------------------------------------------------------------------------
