@@ -23,14 +23,15 @@ namespace fq::backend::cpu {
 // Elements that are worth handing to another thread.
 inline constexpr int64_t kItemElements = 16384;
 
-// Calls body(begin, end) on consecutive runs of rows.
+// Calls body(begin, end) on consecutive runs of rows; neighbours go to the same thread, as in the
+// linears.
 template <class Body>
 void for_row_blocks(int64_t rows, int64_t width, ThreadPool& pool, const Body& body) {
   if (rows == 0) return;
   const int64_t block = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, width));
   const int64_t blocks = (rows + block - 1) / block;
-  pool.parallel_for(blocks,
-                    [&](int64_t i, int) { body(i * block, std::min(rows, (i + 1) * block)); });
+  pool.parallel_streams(blocks,
+                        [&](int64_t i, int) { body(i * block, std::min(rows, (i + 1) * block)); });
 }
 
 // Cosines and sines by position, direct-mapped: the same positions come back for q, for k and in

@@ -250,24 +250,24 @@ inline const ops::LinearArgs* EndOfRun(const ops::LinearArgs* first) {
   return first;
 }
 
-// Calls body(linear, piece) for the pieces [0, pieces(linear)) of all linears of a call; those of a
-// run have the same pieces, and one follows the other on the same thread. `share` is a loop of the
-// pool's.
+// For each of `blocks`, calls body(linear, block, piece) for the pieces [0, pieces(linear)) of all
+// linears of a call. Neighbours go to the same thread; the linears of a run have the same pieces,
+// and one follows the other.
 template <class Pieces, class Body>
-void ForPieces(const ops::LinearArgs& args, ThreadPool& pool,
-               void (ThreadPool::*share)(int64_t, FunctionRef<void(int64_t, int)>),
-               const Pieces& pieces, const Body& body) {
+void ForPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t blocks, const Pieces& pieces,
+               const Body& body) {
   int64_t total = 0;
   for (const ops::LinearArgs* run = &args; run != nullptr; run = EndOfRun(run))
     total += pieces(*run);
-  (pool.*share)(total, [&](int64_t piece, int) {
+  pool.parallel_streams(blocks * total, [&](int64_t item, int) {
+    int64_t piece = item % total;
     const ops::LinearArgs* run = &args;
     for (int64_t n = pieces(*run); piece >= n; n = pieces(*run)) {
       piece -= n;
       run = EndOfRun(run);
     }
     const ops::LinearArgs* const end = EndOfRun(run);
-    for (; run != end; run = run->next) body(*run, piece);
+    for (; run != end; run = run->next) body(*run, item / total, piece);
   });
 }
 
@@ -281,21 +281,24 @@ void StreamSteps(const ops::LinearArgs& args, ThreadPool& pool, const Run& run) 
     return int64_t{one.w->tiles} * kTileRows / kLanes;
   };
   ForPieces(
-      args, pool, &ThreadPool::parallel_streams,
+      args, pool, 1,
       [&](const ops::LinearArgs& one) { return (units(one) + kStreamStep - 1) / kStreamStep; },
-      [&](const ops::LinearArgs& one, int64_t step) {
+      [&](const ops::LinearArgs& one, int64_t, int64_t step) {
         const int64_t unit = step * kStreamStep;
         run(one, unit, std::min(kStreamStep, units(one) - unit));
       });
 }
 
 // Calls run(linear, row_begin, row_end, column_begin, column_end, next_column) for all rows and
-// columns of all linears of a call: many rows. Pieces with the same columns follow each other, so
-// that weights come from memory once; `next_column` is where this thread is likely to go on.
+// columns of all linears of a call: many rows. A thread keeps to its rows as long as there are
+// enough of them: other ops share rows in the same way, and what one has written is then in the
+// cache of the core that reads it. `next_column` is where this thread is likely to go on.
 template <class Run>
 void PanelPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t most_rows,
                  int64_t most_columns, int64_t least_columns, const Run& run) {
-  const int64_t blocks = (args.rows + most_rows - 1) / most_rows;
+  constexpr int64_t kWorthUnpacking = 128;  // rows
+  const int64_t own = std::clamp<int64_t>(args.rows / kWorthUnpacking, 1, pool.threads());
+  const int64_t blocks = own * ((args.rows + own * most_rows - 1) / (own * most_rows));
   const auto columns = [](const ops::LinearArgs& one) { return int64_t{one.w->tiles} * kTileRows; };
   // Narrow linears on many threads: smaller pieces.
   const auto width = [&](const ops::LinearArgs& one) {
@@ -303,17 +306,16 @@ void PanelPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t most_row
     while (w > least_columns && (columns(one) + w - 1) / w * blocks < 4 * pool.threads()) w /= 2;
     return w;
   };
-  ForPieces(
-      args, pool, &ThreadPool::parallel_for,
-      [&](const ops::LinearArgs& one) {
-        const int64_t w = width(one);
-        return (columns(one) + w - 1) / w * blocks;
-      },
-      [&](const ops::LinearArgs& one, int64_t piece) {
-        const int64_t block = piece % blocks, w = width(one), column = piece / blocks * w;
-        run(one, args.rows * block / blocks, args.rows * (block + 1) / blocks, column,
-            std::min(columns(one), column + w), (piece + pool.threads()) / blocks * w);
-      });
+  const auto groups = [&](const ops::LinearArgs& one) {
+    const int64_t w = width(one);
+    return (columns(one) + w - 1) / w;
+  };
+  ForPieces(args, pool, blocks, groups,
+            [&](const ops::LinearArgs& one, int64_t block, int64_t group) {
+              const int64_t w = width(one), column = group * w;
+              run(one, args.rows * block / blocks, args.rows * (block + 1) / blocks, column,
+                  std::min(columns(one), column + w), (group + 1) % groups(one) * w);
+            });
 }
 
 #endif
