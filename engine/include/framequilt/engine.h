@@ -111,6 +111,7 @@ class Engine {
   Status check_integrity() const;
   // Kernel chosen for each kind of block: "linear w4g128: avx2", ...
   std::string describe_kernels() const;
+  // What the destructor does. Any thread, any number of times: when it returns, nothing runs.
   void close();
 
  private:

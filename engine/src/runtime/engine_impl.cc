@@ -469,6 +469,7 @@ std::string Engine::Impl::describe_kernels() const {
 }
 
 void Engine::Impl::close() {
+  std::lock_guard close_lock(close_mutex_);  // a thread can be joined once
   {
     std::lock_guard lock(mutex_);
     if (closed_) return;

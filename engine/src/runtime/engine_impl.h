@@ -89,7 +89,8 @@ class Engine::Impl : public std::enable_shared_from_this<Engine::Impl> {
   uint64_t next_id_ = 1;
   EngineStats stats_;
 
-  std::thread thread_;
+  std::mutex close_mutex_;  // one caller of close() closes, the others wait for it
+  std::thread thread_;      // joined under close_mutex_
 };
 
 }  // namespace fq

@@ -1,4 +1,5 @@
 // Cancelling, failing, waiting and closing: every page comes back, and the next request is served.
+#include <atomic>
 #include <thread>
 
 #include "tests/engine/runtime/engine_fixture.h"
@@ -204,6 +205,63 @@ TEST_F(EngineLifecycle, ClosingCancelsWhatRunsAndRefusesWhatComes) {
   const Answer late = run(*engine, text_request(5, 1));
   ASSERT_TRUE(late.error);
   EXPECT_EQ(late.error->code, Code::kClosed);
+  expect_nothing_leaked(*engine);
+}
+
+TEST_F(EngineLifecycle, SeveralThreadsMayCloseAtOnce) {
+  EngineOptions options = manual();
+  options.manual_step = false;
+  for (int round = 0; round < 20; ++round) {
+    auto engine = make(options);
+    Stream running = engine->submit(text_request(50, 1, 1500));
+    ASSERT_TRUE(running.next());
+    std::atomic<int> ready{0};
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 3; ++t) {
+      threads.emplace_back([&] {
+        ready.fetch_add(1);
+        while (ready.load() < 3) std::this_thread::yield();
+        engine->close();
+        // Closed means that for everybody: nothing runs any more.
+        EXPECT_EQ(engine->stats().running, 0);
+        EXPECT_EQ(engine->stats().pages_free, engine->stats().pages_total);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(collect(running).finish, FinishReason::kCancelled);
+  }
+}
+
+TEST_F(EngineLifecycle, EnginesOfOneModelStartAndRunSideBySide) {
+  const Answer expected = run(*make(manual()), video_request(4, 31, true));
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&, t] {
+      EngineOptions options = manual();
+      options.manual_step = false;
+      options.threads = 1 + t;
+      auto engine = make(options);
+      for (int i = 0; i < 2; ++i) expect_same(run(*engine, video_request(4, 31, true)), expected);
+      expect_nothing_leaked(*engine);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Whoever waits for an event drives the engine, now this thread and now that one.
+TEST_F(EngineLifecycle, AManualEngineMayBeDrivenByAllItsConsumers) {
+  const Answer expected = run(*make(manual()), video_request(4, 31, true));
+  EngineOptions options = manual();
+  options.threads = 2;
+  auto engine = make(options);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 2; ++i) expect_same(run(*engine, video_request(4, 31, true)), expected);
+      EXPECT_TRUE(engine->check_integrity());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
   expect_nothing_leaked(*engine);
 }
 
