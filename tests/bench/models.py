@@ -2,7 +2,7 @@
 
     models.py ours NAME FORMAT DIRECTORY     a Framequilt model directory
     models.py gguf NAME TYPE FILE            f16, q8_0, q4_0, q4_k_m; needs gguf
-    models.py hf NAME DIRECTORY              float16 safetensors; needs tokenizers
+    models.py hf NAME DIRECTORY [DTYPE]      F16 (default) or BF16 safetensors; needs tokenizers
     models.py onnx FILE                      the tower in float32; needs onnx
 
 Needs numpy, not torch. Tensors are written piece by piece from one pool of random bytes, so memory
@@ -25,10 +25,11 @@ from shapes import DECODERS, MODELS, SIGLIP_SO400M, TowerShape
 from framequilt.convert.spec import slots
 from framequilt.model_directory import NUMPY_DTYPES, DirectoryWriter
 from framequilt.quantize.formats import TensorInfo, WeightFormat, parse_format
-from framequilt.quantize.tiles import pack_codes, pack_rows
+from framequilt.quantize.tiles import pack_codes, pack_rows, to_bf16
 
 DEVIATION = 0.02  # of the weights: activations stay finite through any number of layers
 PIECE = 1 << 24  # bytes written at once
+HF_SHARD_BYTES = 5 * 10**9  # of one safetensors file, as transformers writes them
 
 
 class Pool:
@@ -256,8 +257,10 @@ def write_gguf(name: str, kind: str, destination: Path) -> None:
 # Hugging Face (for converters of peers) ----------------------------------------------------------
 
 
-def write_hf(name: str, destination: Path) -> None:
-    """A checkpoint folder in float16 with a word-level tokenizer whose tokens are t0, t1, ..."""
+def write_hf(
+    name: str, destination: Path, dtype: str = "F16", shard_bytes: int = HF_SHARD_BYTES
+) -> None:
+    """A checkpoint folder in F16 or BF16 with a word-level tokenizer of tokens t0, t1, ..."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -280,7 +283,7 @@ def write_hf(name: str, destination: Path) -> None:
         "hidden_act": "silu",
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "torch_dtype": "float16",
+        "torch_dtype": {"F16": "float16", "BF16": "bfloat16"}[dtype],
     }
     (destination / "config.json").write_text(json.dumps(config))
     shapes: dict[str, tuple[int, ...]] = {
@@ -301,28 +304,48 @@ def write_hf(name: str, destination: Path) -> None:
         shapes[f"{at}post_attention_layernorm.weight"] = (shape.hidden,)
     if not shape.tied:
         shapes["lm_head.weight"] = (shape.vocab, shape.hidden)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor, extents in shapes.items():
-        size = 2 * int(np.prod(extents))
-        header[tensor] = {
-            "dtype": "F16", "shape": list(extents), "data_offsets": [offset, offset + size],
-        }  # fmt: skip
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    pool = Pool()
-    with open(destination / "model.safetensors", "xb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor, extents in shapes.items():
-            for piece in _pieces(pool, tensor, extents):
-                stream.write(piece.astype(np.float16).tobytes())
+    _write_safetensors(shapes, destination, dtype, shard_bytes)
     words = {("<unk>", "<s>", "</s>")[i] if i < 3 else f"t{i}": i for i in range(shape.vocab - 1)}
     Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(destination / "tokenizer.json"))
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     (destination / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special})
     )
+
+
+def _write_safetensors(
+    shapes: dict[str, tuple[int, ...]], destination: Path, dtype: str, shard_bytes: int
+) -> None:
+    """One file, or as many as it takes with an index of them."""
+    shards: list[dict[str, Any]] = [{}]
+    offset = 0
+    for tensor, extents in shapes.items():
+        size = 2 * int(np.prod(extents))
+        if offset and offset + size > shard_bytes:
+            shards.append({})
+            offset = 0
+        shards[-1][tensor] = {
+            "dtype": dtype, "shape": list(extents), "data_offsets": [offset, offset + size],
+        }  # fmt: skip
+        offset += size
+    names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        where = {
+            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        }
+        (destination / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    pool = Pool()
+    for name, shard in zip(names, shards, strict=True):
+        text = json.dumps({"__metadata__": {"format": "pt"}, **shard}).encode()
+        text += b" " * (-len(text) % 8)
+        with open(destination / name, "xb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for tensor in shard:
+                for piece in _pieces(pool, tensor, shapes[tensor]):
+                    stored = to_bf16(piece) if dtype == "BF16" else piece.astype(np.float16)
+                    stream.write(stored.tobytes())
 
 
 def _pieces(pool: Pool, name: str, extents: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
@@ -430,8 +453,8 @@ def main(arguments: list[str]) -> int:
         write_ours(arguments[1], arguments[2], Path(arguments[3]))
     elif len(arguments) == 4 and arguments[0] == "gguf":
         write_gguf(arguments[1], arguments[2], Path(arguments[3]))
-    elif len(arguments) == 3 and arguments[0] == "hf":
-        write_hf(arguments[1], Path(arguments[2]))
+    elif len(arguments) in (3, 4) and arguments[0] == "hf":
+        write_hf(arguments[1], Path(arguments[2]), *arguments[3:])
     elif len(arguments) == 2 and arguments[0] == "onnx":
         write_onnx(Path(arguments[1]))
     else:

@@ -30,6 +30,7 @@ from measure import HOPELESS, QUIET, Runner, Series, alternate, last_json  # noq
 
 sys.path.remove(str(BENCH))
 
+from framequilt.convert.sources import open_source  # noqa: E402
 from framequilt.model_directory import ModelDirectory  # noqa: E402
 
 
@@ -242,6 +243,24 @@ def test_random_models_have_the_deviation_they_are_meant_to_have(
         # Hundreds of values at least: the deviation of a sample is within a few percent.
         assert np.std(found) == pytest.approx(models.DEVIATION, rel=0.2), slot
         assert abs(np.mean(found)) < 0.2 * models.DEVIATION, slot
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_checkpoints_hold_the_same_weights_in_one_file_and_in_several(
+    dtype: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("tokenizers")
+    models.write_hf("tiny", tmp_path / "one", dtype)
+    models.write_hf("tiny", tmp_path / "many", dtype, shard_bytes=60_000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    whole, parts = (open_source(tmp_path / name).tensors for name in ("one", "many"))
+    assert list(whole) and sorted(whole) == sorted(parts)
+    for name, tensor in whole.items():
+        values = tensor.all()
+        assert tensor.dtype == dtype
+        assert np.array_equal(values, parts[name].all()), name
+        if values.ndim == 2:
+            assert np.std(values) == pytest.approx(models.DEVIATION, rel=0.2), name
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
