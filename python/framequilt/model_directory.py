@@ -480,9 +480,11 @@ class ModelDirectory:
         )
 
     def linear_bytes(self, slot: str) -> int:
-        """Stored bytes of a linear's weight, scales and zeros included."""
+        """Stored bytes of a linear's weight, with scales, zeros and row sums if there are any."""
         entry = self._linear(slot)
-        return self.format_of(slot).stored_bytes(entry["out"], entry["in"])
+        sums = self.tensors.get(f"{slot}.row_sums")
+        weight = self.format_of(slot).stored_bytes(entry["out"], entry["in"])
+        return weight + (0 if sums is None else sums.data.nbytes)
 
     def _linear(self, slot: str) -> dict[str, Any]:
         entry = self.config["linears"].get(slot)

@@ -241,6 +241,25 @@ def test_errors_are_reported_by_part(video: Path, tmp_path: Path) -> None:
     assert all(part.relative_error is None for part in dry.parts())
 
 
+def test_row_sums_are_where_inputs_have_a_zero_and_are_counted(llama: Path, tmp_path: Path) -> None:
+    wanted = "a8-asym,layers.0.*=a8,layers.1.mlp.up=a16,lm_head=a4-asym"
+    report = convert(llama, tmp_path / "model", weights="w4g32", activations=wanted)
+    directory = ModelDirectory(tmp_path / "model", verify=True)
+    bytes_of = {entry.slot: entry.bytes for entry in report.linears}
+    for slot in directory.config["linears"]:
+        inputs = directory.activations_of(slot)
+        tensors = [t for name, t in directory.tensors.items() if name.rpartition(".")[0] == slot]
+        sums = f"{slot}.row_sums" in directory.tensors
+        assert sums == (inputs is not None and not inputs.symmetric)
+        size = sum(tensor.data.nbytes for tensor in tensors)  # this checkpoint has no biases
+        assert bytes_of[slot] == directory.linear_bytes(slot) == size
+    assert f"{DOWN}.row_sums" in directory.tensors
+    assert "decoder.head.row_sums" in directory.tensors
+    assert f"{UP}.row_sums" not in directory.tensors
+    dry = convert(llama, tmp_path / "dry", weights="w4g32", activations=wanted, dry_run=True)
+    assert {entry.slot: entry.bytes for entry in dry.linears} == bytes_of
+
+
 # Presets ------------------------------------------------------------------------------------------
 
 

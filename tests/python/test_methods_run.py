@@ -309,6 +309,9 @@ def test_kl_and_perplexity_equal_those_of_the_converted_directory(
     assert summary["perplexity"]["value"] == pytest.approx(np.exp(np.mean(loss)), rel=1e-3)
     stored = sum(tensor.bytes for tensor in tensors_of(tmp_path / "q"))
     assert evaluation.stored_bytes(checkpoint, VISUAL) == stored
+    convert(video, tmp_path / "a", weights=VISUAL, activations="a8-asym")
+    sums = sum(tensor.bytes for tensor in tensors_of(tmp_path / "a")) - stored
+    assert sums > 0 and evaluation.stored_bytes(checkpoint, VISUAL, "a8-asym") == stored + sums
 
 
 def tensors_of(path: Path) -> list[Any]:

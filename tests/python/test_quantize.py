@@ -27,6 +27,7 @@ from framequilt.quantize import (
     quantize,
     quantize_activations,
     quantize_as,
+    row_sums,
     to_bf16,
     unpack_codes,
     unpack_linear,
@@ -177,6 +178,37 @@ def test_with_an_offset_no_weight_is_off_by_more_than_half_a_step(
     assert (np.abs(back - x.astype(np.float64)) <= step * 0.5 + size * 2.0**-22).all()
     product = made.codes.astype(np.float32) * made.scales[:, owner]
     assert (back == product + made.offsets[:, owner]).all()
+
+
+@pytest.mark.parametrize("inputs", [1, 47, 64, 1100])
+@pytest.mark.parametrize(
+    "form", [form for form in FORMATS if form.kind == "affine"], ids=lambda form: form.name
+)
+def test_row_sums_are_the_float64_sums_of_the_weights(form: WeightFormat, inputs: int) -> None:
+    """A weight in float32 is rounded to 2^-24 of itself, with an offset also of the product before
+    that is added; the sum is rounded once."""
+    coded = quantize_as(weights(11, 20, inputs), form)
+    sums, stored = row_sums(coded), dequantize(coded).astype(np.float64)
+    owner = np.arange(inputs) // (form.group or inputs)
+    size = np.abs(stored).sum(1)
+    if coded.offsets is not None:
+        size += (coded.scales[:, owner].astype(np.float64) * coded.codes).sum(1)
+    want = stored.sum(1)
+    assert sums.dtype == np.float32
+    assert (np.abs(sums - want) <= 2.0**-24 * (size + np.abs(want))).all()
+
+
+def test_row_sums_are_stored_for_inputs_with_a_zero_only() -> None:
+    x, form = weights(12, 21, 75), parse_format("w3g32")
+    for name in ACTIVATIONS:
+        packed, _ = pack_rows(x, form, activations=parse_activations(name))
+        assert ("row_sums" in packed) == name.endswith("-asym")
+        stored = form.stored_bytes(21, 75, parse_activations(name))
+        assert sum(data.nbytes for data in packed.values()) == stored
+    sums = pack_rows(x, form, activations=parse_activations("a4-asym"))[0]["row_sums"]
+    assert sums.shape == (4, 8)  # padded to 32 rows
+    assert (sums.reshape(-1)[:21] == row_sums(quantize_as(x, form))).all()
+    assert (sums.reshape(-1)[21:] == 0).all()
 
 
 def test_zero_stays_exactly_zero() -> None:

@@ -176,6 +176,28 @@ def test_integer_products_equal_exact_numerics(tmp_path: Path, activations: str)
     assert not np.array_equal(got, want)  # two ways indeed
 
 
+@pytest.mark.parametrize("weights", FORMATS)
+def test_stored_row_sums_are_those_that_the_engine_computes(tmp_path: Path, weights: str) -> None:
+    """Bit by bit: the same model without them gives the same logits."""
+    tiny.tiny_qwen2(tmp_path / "src", seed=8)
+    asked = {"weights": weights, "overrides": TABLES, "kv": "kv16"}
+    convert(tmp_path / "src", tmp_path / "with", activations="a8-asym", **asked)
+    convert(tmp_path / "src", tmp_path / "without", activations="a16", **asked)
+    stored, bare = ModelDirectory(tmp_path / "with"), ModelDirectory(tmp_path / "without")
+    sums = {name for name in stored.tensors if name.endswith(".row_sums")}
+    assert sums == set(stored.tensors) - set(bare.tensors)
+    assert sums == {f"{slot}.row_sums" for slot in stored.config["linears"] if ".layers." in slot}
+    prompt = np.random.default_rng(6).integers(0, 120, 40).tolist()
+    engines = (
+        NativeEngine(tmp_path / "with"),
+        NativeEngine(tmp_path / "with", activations="a8-asym"),
+        NativeEngine(tmp_path / "without", activations="a8-asym"),
+    )
+    logits = [engine.run(prompt, return_prompt_logits=True).prompt_logits for engine in engines]
+    assert logits[0] is not None
+    assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
+
+
 def test_an_unknown_activation_format_is_refused(tmp_path: Path) -> None:
     from framequilt import _framequilt
 

@@ -1,9 +1,7 @@
 #include "src/blocks/layers.h"
 
-#include <algorithm>
-#include <vector>
-
 #include "src/quant/activations.h"
+#include "src/quant/row_sums.h"
 
 namespace fq::blocks {
 
@@ -17,9 +15,7 @@ Result<Linear> Linear::bind(const Binder& binder, const std::string& slot, bool 
   FQ_ASSIGN_OR_RETURN(linear.fn_, binder.backend.linear(linear.weights_.format,
                                                         linear.exact_ ? model::ActivationFormat{}
                                                                       : linear.activations_));
-  if (!linear.activations_.symmetric && !linear.exact_) {
-    FQ_RETURN_IF_ERROR(linear.bind_row_sums(binder));
-  }
+  if (linear.activations_.needs_row_sums() && !linear.exact_) linear.bind_row_sums(binder.pool);
   return linear;
 }
 
@@ -48,24 +44,16 @@ void Linear::run_exact(const ops::LinearArgs& args, ThreadPool& pool) const {
   }
 }
 
-// One product with inputs of 1 reads all weights once; only asymmetric inputs need it.
-Status Linear::bind_row_sums(const Binder& binder) {
-  FQ_ASSIGN_OR_RETURN(const backend::LinearFn sum, binder.backend.linear(weights_.format, {}));
-  const size_t padded = static_cast<size_t>(weights_.tiles) * quant::kTileRows;
-  row_sums_.reserve(padded);
-  std::fill_n(row_sums_.data(), padded, 0.0f);
-  const std::vector<float> ones(static_cast<size_t>(weights_.in), 1.0f);
-  quant::LinearWeights unbiased = weights_;
-  unbiased.bias = nullptr;
-  sum({.x = ones.data(),
-       .x_stride = weights_.in,
-       .rows = 1,
-       .w = &unbiased,
-       .y = row_sums_.data(),
-       .y_stride = weights_.out},
-      binder.pool);
+// Without the stored sums all weights are read once: a directory that was converted for other
+// inputs, or before sums were stored.
+void Linear::bind_row_sums(ThreadPool& pool) {
+  if (weights_.row_sums != nullptr) return;
+  row_sums_.reserve(static_cast<size_t>(weights_.tiles) * quant::kTileRows);
+  pool.parallel_for(weights_.tiles, [&](int64_t tile, int) {
+    quant::row_sums_of_tile(weights_, static_cast<int>(tile),
+                            row_sums_.data() + tile * quant::kTileRows);
+  });
   weights_.row_sums = row_sums_.data();
-  return {};
 }
 
 void run_together(std::span<const Linear* const> linears, std::span<ops::LinearArgs> list,

@@ -65,14 +65,14 @@ class Linear {
   }
 
  private:
-  Status bind_row_sums(const Binder& binder);
+  void bind_row_sums(ThreadPool& pool);
   void run_exact(const ops::LinearArgs& args, ThreadPool& pool) const;
 
   quant::LinearWeights weights_;
   model::ActivationFormat activations_;
   backend::LinearFn fn_ = nullptr;
   bool exact_ = false;             // fn_ takes float32 inputs, which are quantized before
-  AlignedBuffer<float> row_sums_;  // what weights_.row_sums points to
+  AlignedBuffer<float> row_sums_;  // what weights_.row_sums points to if the directory lacks it
 };
 
 // Runs linears of the same inputs in as few calls as their formats allow; list[i] are arguments of

@@ -90,11 +90,13 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-// Exactly the tensors that the description implies, with their dtypes and shapes.
+// Exactly the tensors that the description implies or allows, with their dtypes and shapes.
 Status check_tensors(const ModelSpec& spec, const Tensors& found) {
   const std::vector<TensorInfo> wanted = tensors(spec);
+  size_t matched = 0;
   for (const TensorInfo& info : wanted) {
     const auto it = found.find(info.name);
+    if (it == found.end() && info.optional) continue;
     if (it == found.end()) return corrupt("tensor \"" + info.name + "\" is missing");
     const TensorView& tensor = it->second;
     if (tensor.dtype != info.dtype || tensor.shape != info.shape) {
@@ -102,8 +104,9 @@ Status check_tensors(const ModelSpec& spec, const Tensors& found) {
                      " " + shape_text(tensor.shape) + ", the description needs " +
                      std::string(dtype_name(info.dtype)) + " " + shape_text(info.shape));
     }
+    ++matched;
   }
-  if (wanted.size() == found.size()) return {};
+  if (matched == found.size()) return {};
   std::set<std::string_view> names;
   for (const TensorInfo& info : wanted) names.insert(info.name);
   for (const auto& [name, tensor] : found) {

@@ -117,6 +117,11 @@ std::vector<TensorInfo> tensors(const ModelSpec& spec) {
     for (TensorInfo& tensor : linear_tensors(slot.name, slot.out, slot.in, linear->second.format)) {
       result.push_back(std::move(tensor));
     }
+    if (linear->second.activations.needs_row_sums()) {
+      // Optional: directories were written without them, and the engine can compute them.
+      const int64_t tiles = round_up(slot.out, 16) / 8;
+      result.push_back({slot.name + ".row_sums", DType::kF32, {tiles, 8}, true});
+    }
     if (slot.bias) result.push_back({slot.name + ".bias", DType::kF32, {slot.out}});
   }
   return result;

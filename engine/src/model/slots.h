@@ -28,13 +28,14 @@ struct TensorInfo {
   std::string name;
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
+  bool optional = false;  // a directory may lack it
 };
 
 // The tensors of a linear stored in `format`, without its bias.
 std::vector<TensorInfo> linear_tensors(const std::string& name, int64_t out, int64_t in,
                                        const WeightFormat& format);
 
-// Every tensor of a description whose `linears` table matches slots(spec).
+// Every tensor of a description whose `linears` table matches slots(spec), optional ones too.
 std::vector<TensorInfo> tensors(const ModelSpec& spec);
 
 }  // namespace fq::model

@@ -127,6 +127,8 @@ struct ActivationFormat {
   int bits = 16;  // 16: not at all (float32 inputs), 8, 6 or 4
   bool symmetric = true;
   bool quantized() const { return bits != 16; }
+  // Whether a product needs the sums of the weights' rows: a zero multiplies them.
+  bool needs_row_sums() const { return quantized() && !symmetric; }
   std::string name() const;  // "a16", "a8", "a6", "a4", "a8-asym", ...
   bool operator==(const ActivationFormat&) const = default;
 };

@@ -122,6 +122,10 @@ Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const 
       break;
     }
   }
+  if (spec.activations.needs_row_sums() && directory.find(name + ".row_sums") != nullptr) {
+    FQ_ASSIGN_OR_RETURN(const TensorView* view, take(".row_sums", DType::kF32, {tiles, kTileRows}));
+    w.row_sums = view->f32();
+  }
   if (bias) {
     FQ_ASSIGN_OR_RETURN(const TensorView* view,
                         tensor(directory, name + ".bias", DType::kF32, {w.out}));

@@ -28,11 +28,11 @@ struct LinearWeights {
   const uint8_t* zeros = nullptr;
   const void* offsets = nullptr;  // kAffine with offset: of the scales' type, [tiles, groups, 8]
   const float* bias = nullptr;    // [out] or nullptr
-  // [tiles * 8] sums of each row's weights, as the linear op itself gives them for inputs of 1:
-  // what the zeros of asymmetric activations cost. Only where those are used; owned by whoever
-  // bound it.
+  // [tiles * 8] sums of each row's weights (quant/row_sums.h): what the zeros of asymmetric
+  // activations cost. Of the model directory if it has them; else nullptr, or whoever bound this
+  // owns them.
   const float* row_sums = nullptr;
-  int64_t bytes = 0;  // of data + scales + zeros or offsets, for reports
+  int64_t bytes = 0;  // of all stored tensors above but the bias, for reports
 
   int padded_in() const { return (in + kInputPadding - 1) / kInputPadding * kInputPadding; }
 };

@@ -163,7 +163,9 @@ def _measure(
         rows.append(
             {
                 "method": candidate.method,
-                "bytes": evaluation.stored_bytes(checkpoint, candidate.weights),
+                "bytes": evaluation.stored_bytes(
+                    checkpoint, candidate.weights, candidate.activations
+                ),
                 "bytes_bf16": evaluation.stored_bytes(checkpoint, None),
                 **compared.summary(),
             }

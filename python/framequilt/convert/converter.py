@@ -317,7 +317,7 @@ def _linear_report(linear: Linear, error: float | None, norm: float | None) -> L
         inputs=linear.inputs,
         format=linear.form.name,
         source_dtype="" if source is None else source.dtype,
-        bytes=linear.form.stored_bytes(linear.out, linear.inputs),
+        bytes=linear.form.stored_bytes(linear.out, linear.inputs, activations),
         relative_error=error,
         norm=norm,
         activations="a16" if activations is None else activations.name,
@@ -380,10 +380,10 @@ def _pack(
         values = np.zeros(shape, np.float32)
         if source is not None:
             values = source.rows(first, stop).reshape(shape)
-        packed, stored = pack_rows(values, linear.form, range_)
+        packed, stored = pack_rows(values, linear.form, range_, linear.activations)
         return packed, values, stored
     codes = linear.coded.coded_rows(first, stop)
-    packed = pack_quantized(codes, linear.form)
+    packed = pack_quantized(codes, linear.form, linear.activations)
     stored = dequantize(codes)
     reference = linear.coded.reference
     values = stored if reference is None else reference.rows(first, stop).reshape(shape)

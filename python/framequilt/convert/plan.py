@@ -38,7 +38,7 @@ from framequilt.convert.spec import Model, Slot
 from framequilt.convert.tokens import Tokens
 from framequilt.errors import InvalidArgument
 from framequilt.quantize import ActivationFormat, ActivationScheme, Scheme, WeightFormat
-from framequilt.quantize.formats import TensorInfo
+from framequilt.quantize.formats import TensorInfo, input_tensors
 from framequilt.quantize.schemes import EMBEDDING, check_patterns
 
 
@@ -142,6 +142,7 @@ class Plan:
             if slot.linear:
                 linear = self.linear(target.removesuffix(".weight"))
                 yield from linear.form.tensors(linear.slot, linear.out, linear.inputs)
+                yield from input_tensors(linear.slot, linear.out, linear.activations)
             else:
                 yield TensorInfo(target, "F32", slot.shape)
 

@@ -13,6 +13,7 @@ from framequilt.quantize.rtn import (
     quantize,
     quantize_activations,
     quantize_as,
+    row_sums,
 )
 from framequilt.quantize.schemes import (
     ActivationScheme,
@@ -60,6 +61,7 @@ __all__ = [
     "quantize",
     "quantize_activations",
     "quantize_as",
+    "row_sums",
     "to_bf16",
     "unpack_bf16",
     "unpack_codes",

@@ -150,9 +150,20 @@ class WeightFormat:
             result.append(TensorInfo(f"{slot}.zeros", "U8", table))
         return result
 
-    def stored_bytes(self, out: int, inputs: int) -> int:
-        """Bytes of all tensors of a weight [out, inputs], padding included."""
-        return sum(tensor.bytes for tensor in self.tensors("", out, inputs))
+    def stored_bytes(
+        self, out: int, inputs: int, activations: ActivationFormat | None = None
+    ) -> int:
+        """Bytes of all tensors of a weight [out, inputs] for such inputs, padding included."""
+        stored = sum(tensor.bytes for tensor in self.tensors("", out, inputs))
+        return stored + sum(tensor.bytes for tensor in input_tensors("", out, activations))
+
+
+def input_tensors(slot: str, out: int, activations: ActivationFormat | None) -> list[TensorInfo]:
+    """What is stored beside a weight for the sake of its inputs: row sums if they have zeros."""
+    if activations is None or activations.symmetric:
+        return []
+    tiles = round_up(out, ROW_PADDING) // TILE_ROWS
+    return [TensorInfo(f"{slot}.row_sums", "F32", (tiles, TILE_ROWS))]
 
 
 def _known_formats() -> list[WeightFormat]:

@@ -45,6 +45,8 @@ SCHEMES: dict[str, tuple[str, str]] = {
     "W2g64": ("w2g64", "a16"),
     "W4A8": ("w4g128", "a8"),
     "W8A8": ("w8g128", "a8"),
+    "W4A8-asym": ("w4g128", "a8-asym"),
+    "W8A8-asym": ("w8g128", "a8-asym"),
 }
 ROWS = ("rtn", "awq", "gptq", "smoothquant", "smoothquant-0.5")
 # Disjoint from each other and from what the demo model was trained and is evaluated on.
@@ -193,7 +195,7 @@ def measure(
         "method": row,
         "weights": result.weights,
         "activations": result.activations,
-        "bytes": evaluation.stored_bytes(data.checkpoint, result.weights),
+        "bytes": evaluation.stored_bytes(data.checkpoint, result.weights, result.activations),
         "bytes_bf16": evaluation.stored_bytes(data.checkpoint, None),
         "calibration": {
             "samples": len(data.calibration),

@@ -219,6 +219,22 @@ def _stored(
     return half.astype(np.float32)
 
 
+def row_sums(quantized: Quantized) -> NDArray[np.float32]:
+    """Sums [rows] of the weights of each row (engine/CONTRACT.md, 1.3), bit by bit the engine's.
+
+    The products are exact in float64, and groups are added in ascending order.
+    """
+    inputs = quantized.codes.shape[1]
+    first = np.arange(quantized.scales.shape[1]) * (quantized.group or max(inputs, 1))
+    width = np.diff(first, append=inputs)
+    codes = np.add.reduceat(quantized.codes, first, axis=1, dtype=np.int64)
+    sums = quantized.scales.astype(np.float64) * (codes - width * quantized.zeros.astype(np.int64))
+    if quantized.offsets is not None:
+        sums += quantized.offsets.astype(np.float64) * width
+    total: NDArray[np.float64] = np.add.accumulate(sums, axis=1)[:, -1]  # not pairwise, as sum is
+    return total.astype(np.float32)
+
+
 def dequantize(quantized: Quantized) -> NDArray[np.float32]:
     """Rows [rows, inputs] in float32: float(code - zero) * scale, or code * scale + offset with
     product and sum each rounded."""

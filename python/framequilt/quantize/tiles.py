@@ -23,10 +23,11 @@ from framequilt.quantize.formats import (
     INPUT_PADDING,
     ROW_PADDING,
     TILE_ROWS,
+    ActivationFormat,
     WeightFormat,
     round_up,
 )
-from framequilt.quantize.rtn import Quantized, Range, dequantize, quantize_as
+from framequilt.quantize.rtn import Quantized, Range, dequantize, quantize_as, row_sums
 
 
 def pad_rows(x: NDArray[Any], fill: int = 0) -> NDArray[Any]:
@@ -157,23 +158,28 @@ def unpack_table(table: NDArray[Any]) -> NDArray[Any]:
 
 
 def pack_rows(
-    x: NDArray[np.float32], form: WeightFormat, range_: Range = "include_zero"
+    x: NDArray[np.float32],
+    form: WeightFormat,
+    range_: Range = "include_zero",
+    activations: ActivationFormat | None = None,
 ) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32]]:
-    """Stores rows [rows, inputs] in `form`.
+    """Stores rows [rows, inputs] in `form`, to be multiplied with inputs in `activations`.
 
     rows is a multiple of 16, or else the end of a weight, which is padded to one. Returns the
-    tensors by suffix ("codes", "scales", "zeros", "offsets" or "weight"), and the rows as they
-    will be read back.
+    tensors by suffix ("codes", "scales", "zeros", "offsets", "row_sums" or "weight"), and the rows
+    as they will be read back.
     """
     if form.kind == "f32":
         return {"weight": pack_f32(pad_rows(x))}, x
     if form.kind == "bf16":
         return {"weight": pack_bf16(pad_rows(x))}, from_bf16(to_bf16(x))
     coded = quantize_as(x, form, range_)
-    return pack_quantized(coded, form), dequantize(coded)
+    return pack_quantized(coded, form, activations), dequantize(coded)
 
 
-def pack_quantized(coded: Quantized, form: WeightFormat) -> dict[str, NDArray[Any]]:
+def pack_quantized(
+    coded: Quantized, form: WeightFormat, activations: ActivationFormat | None = None
+) -> dict[str, NDArray[Any]]:
     """Codes of an affine format as they are stored, by suffix; rows as in `pack_rows`.
 
     Errors: InvalidArgument for codes that are not of this format.
@@ -203,6 +209,8 @@ def pack_quantized(coded: Quantized, form: WeightFormat) -> dict[str, NDArray[An
         result["zeros"] = pack_table(zeros)
     elif (coded.zeros != form.neutral).any():
         raise InvalidArgument(f"codes in the format {form.name} have the zero {form.neutral}")
+    if activations is not None and not activations.symmetric:
+        result["row_sums"] = pad_rows(row_sums(coded)).reshape(-1, TILE_ROWS)
     return result
 
 

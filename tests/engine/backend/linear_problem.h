@@ -2,6 +2,7 @@
 #pragma once
 
 #include "src/quant/affine_weights.h"
+#include "src/quant/row_sums.h"
 #include "tests/engine/backend/kernel_testing.h"
 
 namespace fq::backend {
@@ -57,16 +58,10 @@ struct Problem {
 
   // As blocks do when they are bound.
   void set_row_sums() {
-    const std::vector<float> ones(static_cast<size_t>(in), 1.0f);
-    row_sums.assign(static_cast<size_t>(packed.view.tiles) * quant::kTileRows, 0.0f);
-    quant::LinearWeights unbiased = packed.view;
-    unbiased.bias = nullptr;
-    ops::linear_reference({.x = ones.data(),
-                           .x_stride = in,
-                           .rows = 1,
-                           .w = &unbiased,
-                           .y = row_sums.data(),
-                           .y_stride = out});
+    row_sums.resize(static_cast<size_t>(packed.view.tiles) * quant::kTileRows);
+    for (int tile = 0; tile < packed.view.tiles; ++tile) {
+      quant::row_sums_of_tile(packed.view, tile, row_sums.data() + tile * quant::kTileRows);
+    }
     packed.view.row_sums = row_sums.data();
   }
 

@@ -301,15 +301,17 @@ def _compare(
     )  # fmt: skip
 
 
-def stored_bytes(checkpoint: Checkpoint, weights: str | None) -> int:
+def stored_bytes(checkpoint: Checkpoint, weights: str | None, activations: str = "a16") -> int:
     """Bytes of all tensors in a scheme, in bfloat16 (vectors in float32) for None."""
     tied = checkpoint.model.decoder.tied_embedding
-    scheme = parse_scheme(weights or "bf16")
+    scheme, inputs = parse_scheme(weights or "bf16"), parse_activation_scheme(activations)
     total = 0
     for target, slot in checkpoint.wanted.items():
         if slot.linear:
-            form = scheme.format_of(target.removesuffix(".weight"), tied=tied)
-            total += form.stored_bytes(*slot.shape)
+            name = target.removesuffix(".weight")
+            out, width = slot.shape
+            form = scheme.format_of(name, tied=tied)
+            total += form.stored_bytes(out, width, inputs.format_of(name, tied=tied))
         else:
             total += 4 * math.prod(slot.shape)
     return total
