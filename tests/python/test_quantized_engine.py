@@ -6,6 +6,7 @@ that were dequantized with the converter's numbers.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -198,10 +199,41 @@ def test_stored_row_sums_are_those_that_the_engine_computes(tmp_path: Path, weig
     assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_engine_quantizes_the_inputs_that_a_conversion_would(tmp_path: Path, tied: bool) -> None:
+    """The head's stay float32 unless it is named, the embedding as a lookup has none."""
+    make = tiny.tiny_qwen2 if tied else tiny.tiny_llama
+    make(tmp_path / "src", seed=9)
+    prompt = list(range(7, 40))
+
+    def logits(path: Path, activations: str = "") -> tuple[Any, str]:
+        engine = NativeEngine(path, kv="kv32", activations=activations)
+        answer = engine.run(prompt, return_prompt_logits=True)
+        return answer.prompt_logits, engine.engine.describe_kernels()
+
+    # What the model says itself is replaced, its head's format too.
+    convert(tmp_path / "src", tmp_path / "base", weights="w4g32", activations="a6,head=a6")
+    assert (ModelDirectory(tmp_path / "base").config["decoder"]["tied_embedding"]) == tied
+    found = {}
+    for text in ("a16", "a8", "a8-asym", "a8,head=a8", "a4-asym,lm_head=a8-asym", "a8,head=a16"):
+        converted = tmp_path / text
+        convert(tmp_path / "src", converted, weights="w4g32", activations=text)
+        want, kernels = logits(converted)
+        found[text], asked = logits(tmp_path / "base", text)
+        assert want is not None and np.array_equal(found[text], want), text
+        assert asked == kernels, text
+    assert np.array_equal(found["a8"], found["a8,head=a16"])
+    assert not np.array_equal(found["a8"], found["a8,head=a8"])
+
+
 def test_an_unknown_activation_format_is_refused(tmp_path: Path) -> None:
     from framequilt import _framequilt
 
     tiny.tiny_llama(tmp_path / "src", seed=5)
-    convert(tmp_path / "src", tmp_path / "model", weights="w4g32", kv="kv16")
-    with pytest.raises(Exception, match="a9"):
-        _framequilt.Engine(_framequilt.Model.open(str(tmp_path / "model")), activations="a9")
+    convert(tmp_path / "src", tmp_path / "model", weights="w4g32,head=bf16", kv="kv16")
+    model = _framequilt.Model.open(str(tmp_path / "model"))
+    for text in ("a9", "a8,", "a8,head=", "a8,head=a9", "a8,vision.*=a8", "head=a8", "a8,head=a8,"):
+        with pytest.raises(Exception, match=f"no activation format '{re.escape(text)}'"):
+            _framequilt.Engine(model, activations=text)
+    with pytest.raises(Exception, match=r"decoder\.head has bf16 weights, which take no a8 inputs"):
+        _framequilt.Engine(model, activations="a8,head=a8")

@@ -18,7 +18,8 @@ struct EngineOptions {
   // "kv16", "kv8", "k8v4", "kv4g32+ends16", ... (CONTRACT, section 2); "": the model's default.
   std::string kv = "";
   // How inputs of linears are quantized: "a16" (not at all), "a8", "a4", "a8-asym", ...; "": as the
-  // model says. Holds for every linear with affine weights, the head included.
+  // model says. Holds for every linear with affine weights but the head, whose inputs stay float32
+  // unless it is named: "a8,head=a8".
   std::string activations = "";
   // How quantized inputs are multiplied: "int" (integer products) or "exact" (float32 products of
   // the numbers that the codes stand for: the definition, slow, to compare with).

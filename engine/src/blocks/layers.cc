@@ -8,9 +8,10 @@ namespace fq::blocks {
 Result<Linear> Linear::bind(const Binder& binder, const std::string& slot, bool bias) {
   Linear linear;
   FQ_ASSIGN_OR_RETURN(linear.weights_, quant::bind_linear(binder.directory, slot, bias));
-  linear.activations_ = binder.directory.spec().linears.at(slot).activations;
-  const bool affine = linear.weights_.format.kind == model::WeightFormat::Kind::kAffine;
-  if (binder.activations && affine) linear.activations_ = *binder.activations;
+  const model::ModelSpec& spec = binder.directory.spec();
+  linear.activations_ = binder.activations ? binder.activations->of(slot, linear.weights_.format,
+                                                                    spec.decoder.tied_embedding)
+                                           : spec.linears.at(slot).activations;
   linear.exact_ = binder.exact && linear.activations_.quantized();
   FQ_ASSIGN_OR_RETURN(linear.fn_, binder.backend.linear(linear.weights_.format,
                                                         linear.exact_ ? model::ActivationFormat{}

@@ -20,8 +20,8 @@ struct Binder {
   const model::ModelDirectory& directory;
   const backend::Backend& backend;
   ThreadPool& pool;
-  // Instead of what the model says about the inputs of its linears (affine ones, the head too).
-  std::optional<model::ActivationFormat> activations;
+  // Instead of what the model says about the inputs of its linears.
+  std::optional<model::ActivationChoice> activations;
   // Quantized inputs are multiplied as float32 numbers instead of integers: the definition, slowly.
   bool exact = false;
 };

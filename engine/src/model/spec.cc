@@ -462,4 +462,25 @@ std::optional<ActivationFormat> parse_activation_format(std::string_view name) {
   return std::nullopt;
 }
 
+std::optional<ActivationChoice> parse_activation_choice(std::string_view text) {
+  const size_t comma = text.find(',');
+  const auto linears = parse_activation_format(text.substr(0, comma));
+  if (!linears) return std::nullopt;
+  if (comma == std::string_view::npos) return ActivationChoice{*linears, {}};
+  const std::string_view named = text.substr(comma + 1);
+  for (const std::string_view prefix : {"head=", "lm_head="}) {
+    if (!named.starts_with(prefix)) continue;
+    const auto head = parse_activation_format(named.substr(prefix.size()));
+    if (head) return ActivationChoice{*linears, *head};
+  }
+  return std::nullopt;
+}
+
+ActivationFormat ActivationChoice::of(std::string_view slot, const WeightFormat& weights,
+                                      bool tied) const {
+  if (slot == (tied ? "decoder.embedding" : "decoder.head")) return head;
+  const bool lookup = slot == "decoder.embedding";
+  return lookup || weights.kind != WeightFormat::Kind::kAffine ? ActivationFormat{} : linears;
+}
+
 }  // namespace fq::model

@@ -142,6 +142,17 @@ struct LinearSpec {
   ActivationFormat activations;
 };
 
+// Inputs of a whole model, as an engine is asked for them: "a8", or "a8,head=a8". The same rule as
+// the converter's (engine/CONTRACT.md, 1.4): the word for all is for every linear with codes but
+// the head, which has to be named.
+struct ActivationChoice {
+  ActivationFormat linears;
+  ActivationFormat head;  // not quantized unless named
+  // What the linear `slot` gets; `tied`: the embedding is the head.
+  ActivationFormat of(std::string_view slot, const WeightFormat& weights, bool tied) const;
+};
+std::optional<ActivationChoice> parse_activation_choice(std::string_view text);
+
 struct FileSpec {
   std::string name;
   uint64_t bytes = 0;

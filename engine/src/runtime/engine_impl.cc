@@ -29,6 +29,26 @@ Status check_options(const EngineOptions& o) {
   return {};
 }
 
+// How inputs are quantized if not as the model says.
+Result<std::optional<model::ActivationChoice>> read_activations(const std::string& asked,
+                                                                const model::ModelSpec& spec) {
+  if (asked.empty()) return std::optional<model::ActivationChoice>();
+  auto choice = model::parse_activation_choice(asked);
+  if (!choice) {
+    return invalid("no activation format '" + asked + "'",
+                   "known: a16 (not quantized), a8, a6, a4, a8-asym, a6-asym, a4-asym, and the "
+                   "head's behind it, as a8,head=a8; leave it empty for what the model says");
+  }
+  const std::string head = spec.decoder.tied_embedding ? "decoder.embedding" : "decoder.head";
+  const model::WeightFormat& weights = spec.linears.at(head).format;
+  if (choice->head.quantized() && weights.kind != model::WeightFormat::Kind::kAffine) {
+    return invalid(head + " has " + weights.name() + " weights, which take no " +
+                       choice->head.name() + " inputs",
+                   "leave the head out");
+  }
+  return choice;
+}
+
 }  // namespace
 
 Result<std::shared_ptr<Engine::Impl>> Engine::Impl::create(std::shared_ptr<const Model> model,
@@ -50,15 +70,7 @@ Result<std::shared_ptr<Engine::Impl>> Engine::Impl::create(std::shared_ptr<const
   impl->threads_ = std::make_unique<ThreadPool>(options.threads);
   FQ_ASSIGN_OR_RETURN(auto kv,
                       quant::parse_kv_format(options.kv.empty() ? spec.defaults.kv : options.kv));
-  std::optional<model::ActivationFormat> activations;
-  if (!options.activations.empty()) {
-    activations = model::parse_activation_format(options.activations);
-    if (!activations) {
-      return invalid("no activation format '" + options.activations + "'",
-                     "known: a16 (not quantized), a8, a6, a4, a8-asym, a6-asym, a4-asym; leave it "
-                     "empty for what the model says");
-    }
-  }
+  FQ_ASSIGN_OR_RETURN(const auto activations, read_activations(options.activations, spec));
   if (options.numerics != "int" && options.numerics != "exact") {
     return invalid("no numerics '" + options.numerics + "'", "known: int, exact");
   }
@@ -452,11 +464,12 @@ std::string Engine::Impl::describe_kernels() const {
   if (pools_->page_bytes(0) != plan_.page_bytes)
     text += " (first and last: " + std::to_string(pools_->page_bytes(0)) + ")";
   text += "\n";
-  const auto chosen = model::parse_activation_format(options_.activations);
+  const model::ModelSpec& spec = model_->directory().spec();
+  const auto chosen = model::parse_activation_choice(options_.activations);
   std::map<std::string, int> formats;
-  for (const auto& [name, linear] : model_->directory().spec().linears) {
-    const bool affine = linear.format.kind == model::WeightFormat::Kind::kAffine;
-    const model::ActivationFormat inputs = chosen && affine ? *chosen : linear.activations;
+  for (const auto& [name, linear] : spec.linears) {
+    const model::ActivationFormat inputs =
+        chosen ? chosen->of(name, linear.format, spec.decoder.tied_embedding) : linear.activations;
     const char* const products =
         options_.numerics == "exact" ? ", float32 products" : ", integer products";
     ++formats[linear.format.name() +

@@ -27,7 +27,10 @@ KvOption = Annotated[
 ]
 ActivationsOption = Annotated[
     str | None,
-    typer.Option("--activations", help="Quantize inputs of linears: a16 (not), a8, a6, a4, -asym."),
+    typer.Option(
+        "--activations",
+        help="Quantize inputs of linears: a16 (not), a8, a6, a4, -asym; a8,head=a8.",
+    ),
 ]
 MemoryOption = Annotated[
     str, typer.Option("--memory", help="Memory for KV pages and workspace, as 1GiB or 512MB.")
