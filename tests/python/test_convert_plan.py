@@ -285,7 +285,8 @@ def test_presets_are_what_they_say(llama: Path, tmp_path: Path) -> None:
     fast = convert(llama, tmp_path / "fast", preset="fast")
     assert fast.kv == "kv8"
     activations = {entry.slot: entry.activations for entry in fast.linears}
-    assert activations[UP] == "a8" and activations["decoder.head"] == "a16"
+    assert activations[UP] == "a8-asym" and activations["decoder.head"] == "a16"
+    assert f"{UP}.row_sums" in ModelDirectory(tmp_path / "fast").tensors
     other = convert(llama, tmp_path / "m", preset="fast", weights="w8", activations="a16", kv="kv4",
                     dry_run=True)  # fmt: skip
     assert (other.weights, other.activations, other.kv) == ("w8g128", "a16", "kv4")
@@ -307,7 +308,8 @@ def test_commands_explain_the_choice(llama: Path, tmp_path: Path) -> None:
                "a8,lm_head=a8")  # fmt: skip
     assert "a8,lm_head=a8" in made and "decoder layers" in made
     shown = run("inspect", str(tmp_path / "m"))
-    assert "fast: w4g128, a8, kv8" in shown and "w4g128 a8" in shown and "bits each" in shown
+    assert "fast: w4g128, a8-asym, kv8" in shown and "need not be symmetric" in shown
+    assert "w4g128 a8" in shown and "bits each" in shown
     record = json.loads(run("inspect", str(tmp_path / "m"), "--json"))
     assert record["formats"]["w4g128 a8"]["linears"] == 21
     assert record["formats"]["w8g128 a8"]["linears"] == 1  # the head

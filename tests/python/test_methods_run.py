@@ -464,3 +464,5 @@ def test_a_report_is_measured_once_and_its_answers_apart(
     assert answers["float_perplexity"]["value"] < ours["float_perplexity"]["value"]
     text = capsys.readouterr().out
     assert "| W3g128 | gptq |" in text and f"n = {ours['tokens']} held-out tokens in 3" in text
+    report.main(["compare", "--work", str(tmp_path / "w"), "--rows", "W3g128.gptq", "W3g128.rtn"])
+    assert f"= {ours['kl_change']['mean']:+.5f} ± " in capsys.readouterr().out

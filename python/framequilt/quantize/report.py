@@ -4,6 +4,7 @@
         --calibration-text calibration.txt --held-out-text test.txt
     python -m framequilt.quantize.report run --work WORK --model demo
     python -m framequilt.quantize.report table --work WORK --markdown table.md --json table.json
+    python -m framequilt.quantize.report compare --work WORK --rows W8A8-asym.rtn W8A8.rtn
 
 A model is `smollm2` (a package, see `framequilt.resources`), `demo` (the checkpoint of this
 package: prompts with videos, generated), or the path of a checkpoint. Every finished row lies in
@@ -286,6 +287,26 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def compare(work: Path, one: str, other: str) -> list[str]:
+    """For each model what one row's KL has more than another's, token by token."""
+    lines = []
+    for folder in sorted(path for path in work.iterdir() if path.is_dir()):
+        files = [folder / f"{row}.npz" for row in (one, other)]
+        if not all(file.exists() for file in files):
+            continue
+        (kl, sample), (base, _) = (
+            (arrays["kl"], arrays["sample"]) for arrays in (np.load(file) for file in files)
+        )
+        change = evaluation.clustered(kl - base, sample)
+        typical = evaluation.typical_change(kl, base, sample)
+        lines.append(
+            f"{folder.name}: {one} - {other} = {change.mean:+.5f} ± {change.half:.5f}, "
+            f"ratio {kl.mean() / base.mean():.2f}, typical "
+            + "{value:.2f} ({low:.2f} to {high:.2f})".format(**typical)
+        )
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -310,7 +331,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     two.add_argument("--work", required=True)
     two.add_argument("--markdown", type=Path)
     two.add_argument("--json", type=Path)
+    three = commands.add_parser("compare", help="compare two rows token by token")
+    three.add_argument("--work", required=True)
+    three.add_argument("--rows", nargs=2, required=True, metavar="SCHEME.METHOD")
     args = parser.parse_args(arguments)
+    if args.command == "compare":
+        print("\n".join(compare(Path(args.work), *args.rows)))
+        return
     if args.command == "run":
         args.name = args.name or Path(args.model).name
         run(args)
