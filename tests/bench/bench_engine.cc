@@ -337,9 +337,9 @@ int projector(const Options& options, const Model& model) {
   auto backend = backend::make_cpu_backend(options.engine.simd);
   if (!backend) return fail(backend.error());
   ThreadPool pool(options.engine.threads);
-  std::optional<model::ActivationFormat> activations;
+  std::optional<model::ActivationChoice> activations;
   if (!options.activations.empty()) {
-    activations = model::parse_activation_format(options.activations);
+    activations = model::parse_activation_choice(options.activations);
     if (!activations) {
       return fail(
           {Code::kInvalidArgument, "no activation format '" + options.activations + "'", ""});
