@@ -28,13 +28,14 @@ ENGINE_FILES := $(shell find engine/src engine/include python/bindings -type f \
 ENGINE_DIRS  := $(shell find engine/src engine/include python/bindings -type d 2>/dev/null)
 CMAKE_FILES  := CMakeLists.txt $(wildcard third_party/*.cmake)
 
-.PHONY: help setup build cpp demo test test-arm pytest lint format stubs clean
+.PHONY: help setup build cpp demo test test-arm test-tsan pytest lint format stubs clean
 
 help:
 	@echo "make setup   install what is missing, then the package with its tools into $(VENV)"
 	@echo "make demo    answer questions about a video clip"
 	@echo "make test    every test and every check"
 	@echo "make test-arm  the C++ tests for 64-bit Arm, in an emulator; not part of make test"
+	@echo "make test-tsan  all C++ tests under ThreadSanitizer; not part of make test"
 	@echo "make build   the C++ library, its programs and tests (build/dev), and the Python module"
 	@echo "make pytest  the Python tests alone"
 	@echo "make lint    formatting, clang-tidy, ruff, types, stubs"
@@ -85,6 +86,9 @@ test: $(STAMP)/system
 
 test-arm: $(STAMP)/system
 	@.ci/arm
+
+test-tsan: $(STAMP)/system
+	@.ci/tsan
 
 pytest: setup
 	@$(BIN)/python -m pytest
