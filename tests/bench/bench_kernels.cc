@@ -187,8 +187,9 @@ void bench_attention(const backend::Backend& backend, ThreadPool& pool, const Op
          static_cast<double>(bytes));
 }
 
-void bench_encoder(const backend::Backend& backend, ThreadPool& pool, const Options& options) {
-  const std::string name = "encoder attention 729 tokens heads 16x72";
+void bench_encoder(const backend::Backend& backend, ThreadPool& pool, const Options& options,
+                   const model::ActivationFormat& activations) {
+  const std::string name = "encoder attention 729 tokens heads 16x72 " + activations.name();
   if (name.find(options.filter) == std::string::npos) return;
   const int64_t tokens = 729, width = 16 * 72;
   const auto x = random_values(static_cast<size_t>(tokens * width));
@@ -203,7 +204,7 @@ void bench_encoder(const backend::Backend& backend, ThreadPool& pool, const Opti
                                        .heads = 16,
                                        .head_dim = 72,
                                        .scale = 0.1f};
-  const backend::EncoderAttentionFn kernel = *backend.encoder_attention(72);
+  const backend::EncoderAttentionFn kernel = *backend.encoder_attention(72, activations);
   const Timing timing = time_calls([&] { kernel(args, pool); }, options.seconds);
   report(name, options, timing, 4.0 * static_cast<double>(tokens * tokens * width), 0);
 }
@@ -276,7 +277,8 @@ int run(const Options& options) {
       bench_attention(**backend, pool, shown, heads, format, 512, 2048);
     }
   }
-  bench_encoder(**backend, pool, shown);
+  bench_encoder(**backend, pool, shown, {});
+  bench_encoder(**backend, pool, shown, {.bits = 8});
   bench_rows(**backend, pool, shown);
   return 0;
 }

@@ -111,7 +111,7 @@ struct Bench {
                                          .heads = 4,
                                          .head_dim = 72,
                                          .scale = 0.1f};
-    const backend::EncoderAttentionFn kernel = *backend.encoder_attention(72);
+    const backend::EncoderAttentionFn kernel = *backend.encoder_attention(72, {});
     fq_counted_call([&] { kernel(args, pool); });
   }
 

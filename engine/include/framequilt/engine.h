@@ -19,7 +19,8 @@ struct EngineOptions {
   std::string kv = "";
   // How inputs of linears are quantized: "a16" (not at all), "a8", "a4", "a8-asym", ...; "": as the
   // model says. Holds for every linear with affine weights but the head, whose inputs stay float32
-  // unless it is named: "a8,head=a8".
+  // unless it is named: "a8,head=a8". The attention of a vision tower has to be named likewise:
+  // "a8,attention=a8" is with queries and keys in 8 bits, the only ones that it takes.
   std::string activations = "";
   // How quantized inputs are multiplied: "int" (integer products) or "exact" (float32 products of
   // the numbers that the codes stand for: the definition, slow, to compare with).

@@ -36,7 +36,9 @@ class Backend {
   virtual Result<KvAppendFn> kv_append(const quant::KvPageLayout& layout) const = 0;
   virtual Result<AttentionFn> attention(const quant::KvPageLayout& layout) const = 0;
   virtual Result<ImportanceFn> importance(const quant::KvPageLayout& layout) const = 0;
-  virtual Result<EncoderAttentionFn> encoder_attention(int head_dim) const = 0;
+  // `activations`: float32 or a8, of queries and keys.
+  virtual Result<EncoderAttentionFn> encoder_attention(
+      int head_dim, const model::ActivationFormat& activations) const = 0;
   virtual Result<ActivationFn> activation(model::Activation kind) const = 0;
   virtual Result<SimilarityFn> similarity() const = 0;
 };

@@ -142,7 +142,18 @@ Result<EncoderAttention> EncoderAttention::bind(const Binder& binder, const std:
   FQ_ASSIGN_OR_RETURN(block.v_, Linear::bind(binder, layer + ".attention.v", bias));
   FQ_ASSIGN_OR_RETURN(block.o_,
                       Linear::bind(binder, layer + ".attention.o", spec.attention.output_bias));
-  FQ_ASSIGN_OR_RETURN(block.attention_, binder.backend.encoder_attention(spec.attention.head_dim));
+  const model::ActivationFormat& activations =
+      binder.activations ? binder.activations->attention : spec.attention_activations;
+  FQ_ASSIGN_OR_RETURN(block.attention_,
+                      binder.backend.encoder_attention(spec.attention.head_dim, activations));
+  const int64_t patches = int64_t{spec.grid()} * spec.grid();
+  if (activations.quantized() && patches > ops::kIntegerAttentionMostTokens) {
+    return Error{Code::kUnsupported,
+                 std::to_string(patches) + " patches are too many for attention with " +
+                     activations.name() + " queries and keys",
+                 "at most " + std::to_string(ops::kIntegerAttentionMostTokens) +
+                     "; leave attention=a8 out"};
+  }
   return block;
 }
 

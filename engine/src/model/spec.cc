@@ -133,6 +133,18 @@ DecoderSpec read_decoder(ObjectReader reader) {
   return decoder;
 }
 
+ActivationFormat read_activations(ObjectReader& reader) {
+  ActivationFormat format;
+  format.bits = read_int(reader, "bits", 4, 8);
+  format.symmetric = reader.boolean("symmetric");
+  if (format.bits != 4 && format.bits != 6 && format.bits != 8) {
+    reader.errors().add(reader.path_of("bits"),
+                        "expected 4, 6 or 8, got " + std::to_string(format.bits));
+  }
+  reader.finish();
+  return format;
+}
+
 VisionSpec read_vision(ObjectReader reader) {
   VisionSpec vision;
   vision.image_size = read_int(reader, "image_size", 1, kMaxImageSize);
@@ -144,6 +156,14 @@ VisionSpec read_vision(ObjectReader reader) {
   vision.post_norm = reader.boolean("post_norm");
   vision.norm = read_norm(reader.object("norm"));
   vision.attention = read_attention(reader.object("attention"));
+  if (reader.has("attention_activations")) {
+    ObjectReader fields = reader.object("attention_activations");
+    vision.attention_activations = read_activations(fields);
+    if (!is_attention_activations(vision.attention_activations)) {
+      reader.errors().add(reader.path_of("attention_activations"),
+                          "expected a8, got " + vision.attention_activations.name());
+    }
+  }
   vision.mlp = read_mlp(reader.object("mlp"));
   reader.finish();
   // Pixels beyond the last whole patch are left out, as a convolution without padding does.
@@ -253,19 +273,12 @@ WeightFormat read_format(ObjectReader reader) {
   return format;
 }
 
-ActivationFormat read_activations(ObjectReader reader, const WeightFormat& weights) {
-  ActivationFormat format;
-  format.bits = read_int(reader, "bits", 4, 8);
-  format.symmetric = reader.boolean("symmetric");
-  if (format.bits != 4 && format.bits != 6 && format.bits != 8) {
-    reader.errors().add(reader.path_of("bits"),
-                        "expected 4, 6 or 8, got " + std::to_string(format.bits));
-  }
+ActivationFormat read_linear_activations(ObjectReader reader, const WeightFormat& weights) {
+  const ActivationFormat format = read_activations(reader);
   if (weights.kind != WeightFormat::Kind::kAffine) {
     reader.errors().add(reader.path_of("bits"),
                         "activations are quantized for affine weights only");
   }
-  reader.finish();
   return format;
 }
 
@@ -288,7 +301,7 @@ void read_linears(ObjectReader reader, ModelSpec& spec) {
     linear.in = read_int(fields, "in", slot.in, slot.in);
     linear.format = read_format(fields.object("format"));
     if (fields.has("activations")) {
-      linear.activations = read_activations(fields.object("activations"), linear.format);
+      linear.activations = read_linear_activations(fields.object("activations"), linear.format);
     }
     fields.finish();
     if (reader.errors().any()) return;
@@ -462,18 +475,33 @@ std::optional<ActivationFormat> parse_activation_format(std::string_view name) {
   return std::nullopt;
 }
 
+bool is_attention_activations(const ActivationFormat& format) {
+  return !format.quantized() || format == ActivationFormat{.bits = 8};
+}
+
 std::optional<ActivationChoice> parse_activation_choice(std::string_view text) {
-  const size_t comma = text.find(',');
-  const auto linears = parse_activation_format(text.substr(0, comma));
+  const std::string_view all = text.substr(0, text.find(','));
+  const auto linears = parse_activation_format(all);
   if (!linears) return std::nullopt;
-  if (comma == std::string_view::npos) return ActivationChoice{*linears, {}};
-  const std::string_view named = text.substr(comma + 1);
-  for (const std::string_view prefix : {"head=", "lm_head="}) {
-    if (!named.starts_with(prefix)) continue;
-    const auto head = parse_activation_format(named.substr(prefix.size()));
-    if (head) return ActivationChoice{*linears, *head};
+  ActivationChoice choice{*linears, {}, {}};
+  for (text.remove_prefix(all.size()); !text.empty();) {
+    text.remove_prefix(1);  // the comma
+    const std::string_view word = text.substr(0, text.find(','));
+    text.remove_prefix(word.size());
+    const size_t equals = word.find('=');
+    if (equals == std::string_view::npos) return std::nullopt;
+    const std::string_view part = word.substr(0, equals);
+    const auto format = parse_activation_format(word.substr(equals + 1));
+    if (!format) return std::nullopt;
+    if (part == "head" || part == "lm_head") {
+      choice.head = *format;
+    } else if (part == "attention" && is_attention_activations(*format)) {
+      choice.attention = *format;
+    } else {
+      return std::nullopt;
+    }
   }
-  return std::nullopt;
+  return choice;
 }
 
 ActivationFormat ActivationChoice::of(std::string_view slot, const WeightFormat& weights,

@@ -62,6 +62,18 @@ struct DecoderSpec {
   MlpSpec mlp;
 };
 
+// How the input rows of a linear are quantized before the product (engine/CONTRACT.md, "Quantized
+// activations"): per token, dynamic.
+struct ActivationFormat {
+  int bits = 16;  // 16: not at all (float32 inputs), 8, 6 or 4
+  bool symmetric = true;
+  bool quantized() const { return bits != 16; }
+  // Whether a product needs the sums of the weights' rows: a zero multiplies them.
+  bool needs_row_sums() const { return quantized() && !symmetric; }
+  std::string name() const;  // "a16", "a8", "a6", "a4", "a8-asym", ...
+  bool operator==(const ActivationFormat&) const = default;
+};
+
 // A tower of pre-norm encoder blocks over non-overlapping patches, learned positions, no class
 // token.
 struct VisionSpec {
@@ -71,6 +83,7 @@ struct VisionSpec {
   bool post_norm = false;
   NormSpec norm;
   AttentionSpec attention;
+  ActivationFormat attention_activations;  // of queries and keys: float32, or a8
   MlpSpec mlp;
   int grid() const { return image_size / patch; }
 };
@@ -121,19 +134,10 @@ struct WeightFormat {
 bool is_affine_bits(int bits);
 bool is_affine_group(int group);
 
-// How the input rows of a linear are quantized before the product (engine/CONTRACT.md, "Quantized
-// activations"): per token, dynamic.
-struct ActivationFormat {
-  int bits = 16;  // 16: not at all (float32 inputs), 8, 6 or 4
-  bool symmetric = true;
-  bool quantized() const { return bits != 16; }
-  // Whether a product needs the sums of the weights' rows: a zero multiplies them.
-  bool needs_row_sums() const { return quantized() && !symmetric; }
-  std::string name() const;  // "a16", "a8", "a6", "a4", "a8-asym", ...
-  bool operator==(const ActivationFormat&) const = default;
-};
 // The format of a name, or nothing.
 std::optional<ActivationFormat> parse_activation_format(std::string_view name);
+// Whether queries and keys can have it.
+bool is_attention_activations(const ActivationFormat& format);
 
 struct LinearSpec {
   int out = 0;
@@ -142,12 +146,13 @@ struct LinearSpec {
   ActivationFormat activations;
 };
 
-// Inputs of a whole model, as an engine is asked for them: "a8", or "a8,head=a8". The same rule as
-// the converter's (engine/CONTRACT.md, 1.4): the word for all is for every linear with codes but
-// the head, which has to be named.
+// Inputs of a whole model, as an engine is asked for them: "a8", or "a8,head=a8,attention=a8". The
+// same rule as the converter's (engine/CONTRACT.md, 1.4): the word for all is for every linear with
+// codes but the head, which has to be named, and so has the attention of the vision tower.
 struct ActivationChoice {
   ActivationFormat linears;
-  ActivationFormat head;  // not quantized unless named
+  ActivationFormat head;       // not quantized unless named
+  ActivationFormat attention;  // likewise
   // What the linear `slot` gets; `tied`: the embedding is the head.
   ActivationFormat of(std::string_view slot, const WeightFormat& weights, bool tied) const;
 };

@@ -141,6 +141,10 @@ struct EncoderAttentionArgs {
   float scale = 0;
 };
 void encoder_attention_reference(const EncoderAttentionArgs& args);
+// The same with 8-bit queries and keys, see ops/integer_attention.cc. More tokens could overflow the
+// sum of the probabilities' codes.
+inline constexpr int64_t kIntegerAttentionMostTokens = (int64_t{1} << (31 - 13)) - 1;
+void integer_encoder_attention_reference(const EncoderAttentionArgs& args);
 
 // y = act(x), or y = act(x) * gate when gate is not null; elementwise over [rows, width].
 struct ActivationArgs {

@@ -36,8 +36,9 @@ Result<std::optional<model::ActivationChoice>> read_activations(const std::strin
   auto choice = model::parse_activation_choice(asked);
   if (!choice) {
     return invalid("no activation format '" + asked + "'",
-                   "known: a16 (not quantized), a8, a6, a4, a8-asym, a6-asym, a4-asym, and the "
-                   "head's behind it, as a8,head=a8; leave it empty for what the model says");
+                   "known: a16 (not quantized), a8, a6, a4, a8-asym, a6-asym, a4-asym; behind it the "
+                   "head's and that of the vision tower's attention, as a8,head=a8,attention=a8; "
+                   "leave it empty for what the model says");
   }
   const std::string head = spec.decoder.tied_embedding ? "decoder.embedding" : "decoder.head";
   const model::WeightFormat& weights = spec.linears.at(head).format;
@@ -45,6 +46,11 @@ Result<std::optional<model::ActivationChoice>> read_activations(const std::strin
     return invalid(head + " has " + weights.name() + " weights, which take no " +
                        choice->head.name() + " inputs",
                    "leave the head out");
+  }
+  if (choice->attention.quantized() && !spec.vision) {
+    return invalid("the model has no vision tower whose attention could be " +
+                       choice->attention.name(),
+                   "leave attention= out");
   }
   return choice;
 }
@@ -477,6 +483,14 @@ std::string Engine::Impl::describe_kernels() const {
   }
   for (const auto& [format, count] : formats) {
     text += "linear " + format + ": " + std::to_string(count) + " matrices\n";
+  }
+  if (spec.vision) {
+    const model::ActivationFormat queries =
+        chosen ? chosen->attention : spec.vision->attention_activations;
+    text += "vision attention: " +
+            (queries.quantized() ? queries.name() + " queries and keys, integer products"
+                                 : std::string("float32")) +
+            "\n";
   }
   return text;
 }

@@ -239,6 +239,9 @@ def _config(
         if linear.activations is not None:
             entry["activations"] = linear.activations.to_json()
         linears[slot] = entry
+    model = plan.model.to_json()
+    if model["vision"] is not None and plan.attention_activations is not None:
+        model["vision"]["attention_activations"] = plan.attention_activations.to_json()
     similarity = similarity_lower_bound
     if similarity is None:
         similarity = plan.description.similarity_lower_bound
@@ -261,7 +264,7 @@ def _config(
         "name": name,
         "source": origin,
         "weights": plan.scheme.name,
-        **plan.model.to_json(),
+        **model,
         "tokens": plan.tokens.to_json(plan.description.media),
         "defaults": {"kv": kv, "similarity_lower_bound": similarity},
         "linears": linears,

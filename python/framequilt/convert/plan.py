@@ -136,6 +136,13 @@ class Plan:
             )
         return None
 
+    @property
+    def attention_activations(self) -> ActivationFormat | None:
+        """Queries and keys of the vision tower; None is float32."""
+        if self.activations is None or self.activations.attention is None:
+            return None
+        return self.activations.attention.format
+
     def tensors(self) -> Iterator[TensorInfo]:
         """What will be stored, in the order of the model."""
         for target, slot in self.wanted.items():
@@ -152,6 +159,12 @@ class Plan:
         check_patterns(self.scheme.overrides, slots, self.tied)
         if self.activations is not None:
             check_patterns(self.activations.overrides, slots, self.tied)
+            attention = self.activations.attention
+            if attention is not None and attention.required and self.model.vision is None:
+                raise InvalidArgument(
+                    "the model has no vision tower whose attention could be named",
+                    "leave attention= out",
+                )
         for slot in slots:
             self.linear(slot)
 

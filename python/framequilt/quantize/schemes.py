@@ -4,12 +4,14 @@
     w4g128,lm_head=w8,layers.0.*=w8     and others for some slots
     keep,vision.*=w8                    codes of a quantized checkpoint stay as they are
     a8,layers.0.*=a16                   activations, in the same grammar
+    a8,attention=a8                     and queries and keys of the vision tower's attention
 
 The first word is for the whole model. The decoder's linears get exactly it; with a format of fewer
 than 8 bits the embedding, the head and everything visual keep 8 bits with the same group: they are
 a small part of the work of a large model, and the first to lose quality. Activations are quantized
 in every linear with codes but the head, as in "Evaluating Quantized Large Language Models" (arXiv
 2402.18158); the head takes part where a pattern names it, the lookup of the embedding never.
+`attention` is no linear: it names the vision tower's attention, which takes a8 or stays float32.
 
 A pattern is a slot's name with `*` and `?`; a name without them also means all that lies below it.
 `lm_head` (or `head`), `embedding` and `layers.*` are short for the decoder's slots. Layers count
@@ -37,6 +39,7 @@ from framequilt.quantize.formats import (
 KEEP = "keep"
 DEFAULT_WEIGHTS = "w4g128"
 EMBEDDING, HEAD = "decoder.embedding", "decoder.head"
+ATTENTION = "attention"  # not a slot: queries and keys of the vision tower
 
 F = TypeVar("F")
 
@@ -149,6 +152,7 @@ class ActivationScheme:
     name: str
     linears: ActivationFormat | None  # all but embedding and head
     overrides: tuple[Override[ActivationFormat | None], ...] = ()
+    attention: Override[ActivationFormat | None] | None = None  # queries and keys of the tower
 
     def format_of(self, slot: str, *, tied: bool = False) -> ActivationFormat | None:
         """The format of one linear's input rows."""
@@ -225,5 +229,15 @@ def parse_activation_scheme(text: str, *, optional: bool = False) -> ActivationS
     if optional:
         listed = _optional(listed)
     form = parse_activations(main or "a16")
+    attention = next((entry for entry in reversed(listed) if entry.pattern == ATTENTION), None)
+    if attention is not None and attention.format not in (None, ActivationFormat(8)):
+        raise InvalidArgument(
+            f"attention takes no {attention.format.name} queries and keys", "a8, or a16 for float32"
+        )
     named = ((o.pattern, o.format.name if o.format else "a16") for o in listed)
-    return ActivationScheme(_name(main or "a16", named), form, listed)
+    return ActivationScheme(
+        _name(main or "a16", named),
+        form,
+        tuple(entry for entry in listed if entry.pattern != ATTENTION),
+        attention,
+    )

@@ -312,8 +312,34 @@ TEST_P(AttentionKernels, EncoderAttentionEqualsTheReference) {
                                    .scale = scale()};
     ops::encoder_attention_reference(args);
     args.out = got.data();
-    (*backend_->encoder_attention(shape().head_dim))(args, pool_);
+    (*backend_->encoder_attention(shape().head_dim, {}))(args, pool_);
     expect_equal(got, want, scale() * shape().head_dim * most_of(q) * most_of(k), most_of(v));
+  }
+}
+
+TEST_P(AttentionKernels, IntegerEncoderAttentionEqualsTheReferenceBitForBit) {
+  if (std::string_view(shape().format) != "kv32") return;
+  for (const int64_t tokens : {1, 2, 13, 64, 100, 255, 256, 257, 515}) {
+    SCOPED_TRACE(tokens);
+    const int64_t blocks = 2, stride = width() + 3;
+    const size_t size = static_cast<size_t>(blocks * tokens * stride);
+    const auto q = normal_values(size, 51), k = normal_values(size, 52),
+               v = normal_values(size, 53);
+    std::vector<float> got(size, 3.0f), want(size, 3.0f);
+    ops::EncoderAttentionArgs args{.q = q.data(),
+                                   .k = k.data(),
+                                   .v = v.data(),
+                                   .out = want.data(),
+                                   .stride = stride,
+                                   .blocks = blocks,
+                                   .tokens = tokens,
+                                   .heads = shape().heads,
+                                   .head_dim = shape().head_dim,
+                                   .scale = scale()};
+    ops::integer_encoder_attention_reference(args);
+    args.out = got.data();
+    (*backend_->encoder_attention(shape().head_dim, {.bits = 8}))(args, pool_);
+    EXPECT_EQ(got, want);
   }
 }
 

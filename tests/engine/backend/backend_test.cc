@@ -57,7 +57,7 @@ TEST(CpuBackend, UnsupportedFormatsAreRefusedByName) {
   EXPECT_EQ(backend->attention(layout).error().code, Code::kUnsupported);
   EXPECT_EQ(backend->kv_append(layout).error().code, Code::kUnsupported);
   EXPECT_EQ(backend->importance(layout).error().code, Code::kUnsupported);
-  EXPECT_EQ(backend->encoder_attention(4096).error().code, Code::kUnsupported);
+  EXPECT_EQ(backend->encoder_attention(4096, {}).error().code, Code::kUnsupported);
 }
 
 }  // namespace

@@ -40,6 +40,36 @@ const json& vision_config() {
 
 Result<ModelSpec> parse(const json& config) { return parse_spec(config.dump(), "config"); }
 
+TEST(Spec, QueriesAndKeysOfTheTowerAreFloat32OrA8) {
+  json config = vision_config();
+  EXPECT_FALSE(parse(config)->vision->attention_activations.quantized());
+  config["vision"]["attention_activations"] = {{"bits", 8}, {"symmetric", true}};
+  const auto spec = parse(config);
+  ASSERT_TRUE(spec) << spec.error().to_string();
+  EXPECT_EQ(spec->vision->attention_activations.name(), "a8");
+  for (const auto& [bits, symmetric] : {std::pair{8, false}, {4, true}, {7, true}}) {
+    config["vision"]["attention_activations"] = {{"bits", bits}, {"symmetric", symmetric}};
+    const auto refused = parse(config);
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code, Code::kCorruptModel);
+    EXPECT_NE(refused.error().message.find("vision.attention_activations"), std::string::npos)
+        << refused.error().message;
+  }
+}
+
+TEST(Spec, AnActivationChoiceNamesItsParts) {
+  const auto choice = parse_activation_choice("a8-asym,attention=a8,head=a4");
+  ASSERT_TRUE(choice);
+  EXPECT_EQ(choice->linears.name(), "a8-asym");
+  EXPECT_EQ(choice->head.name(), "a4");
+  EXPECT_EQ(choice->attention.name(), "a8");
+  EXPECT_FALSE(parse_activation_choice("a8")->attention.quantized());
+  EXPECT_FALSE(parse_activation_choice("a8,attention=a16")->attention.quantized());
+  for (const char* text : {"attention=a8", "a8,attention", "a8,attention=", "a8,attention=a4",
+                           "a8,attention=a8-asym", "a8,attention=a8,", "a8,,head=a8"})
+    EXPECT_FALSE(parse_activation_choice(text)) << text;
+}
+
 TEST(Spec, CarriesEveryFieldOfTheDecoder) {
   json config = config_of({});
   config["decoder"]["embedding_scale"] = 8.5;

@@ -62,9 +62,15 @@ class CpuBackend : public Backend {
     return kernels_.importance;
   }
 
-  Result<EncoderAttentionFn> encoder_attention(int head_dim) const override {
+  Result<EncoderAttentionFn> encoder_attention(
+      int head_dim, const model::ActivationFormat& activations) const override {
     FQ_RETURN_IF_ERROR(check_head_dim(head_dim));
-    return kernels_.encoder_attention;
+    if (!activations.quantized()) return kernels_.encoder_attention;
+    if (activations == model::ActivationFormat{.bits = 8}) return kernels_.integer_encoder_attention;
+    return Error{Code::kUnsupported,
+                 "backend '" + name() + "' has no encoder attention with " + activations.name() +
+                     " queries and keys",
+                 "it has a16 (float32) and a8"};
   }
 
   Result<ActivationFn> activation(model::Activation kind) const override {

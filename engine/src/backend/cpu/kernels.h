@@ -20,6 +20,7 @@ struct Kernels {
   AttentionFn attention = nullptr;  // likewise
   ImportanceFn importance = nullptr;
   EncoderAttentionFn encoder_attention = nullptr;
+  EncoderAttentionFn integer_encoder_attention = nullptr;  // 8-bit queries and keys
   std::array<ActivationFn, 4> activation = {};  // by model::Activation
   SimilarityFn similarity = nullptr;
 };
@@ -38,5 +39,6 @@ void fill_row_kernels(Kernels& kernels);  // norms, rope, activations, similarit
 void fill_kv_append_kernels(Kernels& kernels);
 void fill_attention_kernels(Kernels& kernels);  // attention, importance
 void fill_encoder_attention_kernels(Kernels& kernels);
+void fill_integer_encoder_attention_kernels(Kernels& kernels);
 
 }  // namespace fq::backend::cpu

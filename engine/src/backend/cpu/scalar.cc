@@ -83,6 +83,7 @@ void attention(std::span<const ops::AttentionArgs> items, ThreadPool& pool) {
 
 void importance(const ops::ImportanceArgs& args, ThreadPool&) { ops::importance_reference(args); }
 
+template <void (*kReference)(const ops::EncoderAttentionArgs&)>
 void encoder_attention(const ops::EncoderAttentionArgs& args, ThreadPool& pool) {
   share_rows(args.blocks, pool, [&](int64_t begin, int64_t end) {
     ops::EncoderAttentionArgs part = args;
@@ -92,7 +93,7 @@ void encoder_attention(const ops::EncoderAttentionArgs& args, ThreadPool& pool) 
     part.v += skip;
     part.out += skip;
     part.blocks = end - begin;
-    ops::encoder_attention_reference(part);
+    kReference(part);
   });
 }
 
@@ -122,7 +123,8 @@ Kernels scalar_kernels() {
   k.kv_append = kv_append;
   k.attention = attention;
   k.importance = importance;
-  k.encoder_attention = encoder_attention;
+  k.encoder_attention = encoder_attention<ops::encoder_attention_reference>;
+  k.integer_encoder_attention = encoder_attention<ops::integer_encoder_attention_reference>;
   k.activation.fill(activation);
   k.similarity = similarity;
   return k;

@@ -63,6 +63,7 @@ Kernels simd_kernels(const Target& target) {
   fill_kv_append_kernels(kernels);
   fill_attention_kernels(kernels);
   fill_encoder_attention_kernels(kernels);
+  fill_integer_encoder_attention_kernels(kernels);
   hwy::GetChosenTarget().DeInit();
   return kernels;
 }
