@@ -1,6 +1,7 @@
 // Causal attention over pages, and the importance of tokens. A tile of query rows (all heads of a
-// kv head) goes over the pages of its sequence; few rows multiply straight from the packed page
-// (page_products-inl.h), many share a panel of float32 factors. The pages are cut into chunks of
+// kv head) goes over the pages of its sequence. Codes of a page become words once per tile, for
+// integer products (code_products-inl.h); floats are multiplied straight from the page by few rows
+// (half_products-inl.h), from a panel of float32 by many. The pages are cut into chunks of
 // kAttentionChunk tokens, computed alone and merged in order: one after the other, or, where there
 // are fewer tiles than threads, on several threads. Every row keeps its own order of operations
 // (ops/attention.cc), hence the same result in any tile, on any number of threads. Called by the
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 
+#define FRAMEQUILT_WANT_VNNI 1
 #include "src/backend/cpu/attention_scratch.h"
 #include "src/backend/cpu/disabled_targets.h"
 #include "src/backend/cpu/kernels.h"
@@ -17,7 +19,8 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "src/backend/cpu/attention_tile-inl.h"
-#include "src/backend/cpu/page_products-inl.h"
+#include "src/backend/cpu/code_products-inl.h"
+#include "src/backend/cpu/half_products-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
@@ -39,108 +42,144 @@ Ahead AheadOfV(const KvPageLayout& layout, const std::byte* head) {
   return {head + layout.v.low, head + layout.head_bytes};
 }
 
-// Scores (before the softmax's scale) of `rows` query rows with `tokens` tokens of a page.
-void PageScores(const KvPageLayout& layout, const std::byte* head, const float* q, int64_t rows,
+// --- Queries ------------------------------------------------------------------------------------
+
+// Row `row` of the scratch: as it is, or as codes.
+void LoadQuery(const KvPageLayout& layout, const float* q, int64_t row, float scale,
+               AttentionScratch& s) {
+  const int64_t dims = layout.head_dim;
+  float& factor = s.factors[static_cast<size_t>(row)];
+  factor = scale;
+  if (layout.k.has_codes()) {
+    factor *= QueryCodes(q, layout.k, dims, s.q_codes.data() + row * 2 * QueryWords(layout.k),
+                         s.q_sums.data() + row * layout.k.groups);
+  } else {
+    std::memcpy(s.q.data() + row * dims, q, static_cast<size_t>(dims) * sizeof(float));
+  }
+}
+
+// Scores, before their factors, of rows [first, first + rows) of the scratch with `tokens` tokens
+// of a page: scores [rows][stride].
+void PageScores(const KvPageLayout& layout, const std::byte* head, int64_t first, int64_t rows,
                 int64_t tokens, AttentionScratch& s, float* scores, int64_t stride, Ahead ahead) {
-  const DF df;
   const KvPart& part = layout.k;
-  const PageParams params = ReadParams(layout, part, head, s.params.data());
-  if (rows <= kProductMostRows && part.bits <= 16) {
-    const PageProduct product{.part = &part,
-                              .head = head,
-                              .params = params,
-                              .a = q,
-                              .a_stride = layout.head_dim,
-                              .c = scores,
-                              .c_stride = stride,
-                              .tokens = tokens,
-                              .ahead = &ahead};
-    if (part.bits == 16) return ScoresOfPage<16>(product, rows);
-    return WithBits(part.bits,
-                    [&](auto bits) FRAMEQUILT_INLINE { ScoresOfPage<bits>(product, rows); });
-  }
   const int64_t whole = RoundUp(tokens, kLanes);
-  const Panel panel = ReadK(part, head, params, whole, s.k.data());
-  for (int64_t g = 0; g < part.groups; ++g) {
-    float* const dots = g == 0 ? scores : s.weights.data();
-    const int64_t dots_stride = g == 0 ? stride : kBlock;
-    const int64_t begin = g * part.group;
-    PanelScores(q + begin, layout.head_dim, rows, part.group,
-                {panel.data + begin * panel.stride, panel.stride}, whole, dots, dots_stride);
-    if (params.scales == nullptr) continue;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t t = 0; t < whole; t += kLanes) {
-        const VF scale = hn::Load(df, params.scales + g * kPageTokens + t);
-        const VF dot = hn::Load(df, dots + r * dots_stride + t);
-        float* const to = scores + r * stride + t;
-        hn::Store(g == 0 ? hn::Mul(dot, scale) : hn::MulAdd(dot, scale, hn::Load(df, to)), df, to);
-      }
+  if (part.has_codes()) {
+    const PageParams params = ReadParams(layout, part, head, s.scales.data(), s.zeros.data());
+    ReadWords(part, head, part.rows, whole, kPageTokens, s.words.data(), ahead);
+    CodeScores x;
+    x.products.a_row = QueryWords(part);
+    x.products.a_step = 1;
+    x.products.b_step = kPageTokens;
+    x.products.steps = (part.group + 1) / 2;
+    x.sums_row = part.groups;
+    x.c = scores;
+    x.c_stride = stride;
+    const auto* const words = reinterpret_cast<const uint32_t*>(s.q_codes.data());
+    for (int64_t g = 0; g < part.groups; ++g) {
+      x.products.a = words + first * x.products.a_row + g * x.products.steps;
+      x.products.b = s.words.data() + g * x.products.steps * kPageTokens;
+      x.sums = s.q_sums.data() + first * x.sums_row + g;
+      x.scales = params.scales + g * kPageTokens;
+      x.zeros = params.zeros + g * kPageTokens;
+      x.first = g == 0;
+      CodeProducts(x, rows, whole);
     }
+    return;
   }
+  const float* const q = s.q.data() + first * layout.head_dim;
+  if (rows <= kProductMostRows && part.bits == 16) {
+    return ScoresOfHalves({.part = &part,
+                           .head = head,
+                           .a = q,
+                           .a_stride = layout.head_dim,
+                           .c = scores,
+                           .c_stride = stride,
+                           .tokens = tokens,
+                           .ahead = &ahead},
+                          rows);
+  }
+  PanelScores(q, layout.head_dim, rows, layout.head_dim, ReadK(part, head, whole, s.k.data()), whole,
+              scores, stride);
 }
 
 // out += probabilities [rows, 64] times V of `tokens` tokens.
 void PageValues(const KvPageLayout& layout, const std::byte* head, const float* p, int64_t rows,
                 int64_t tokens, AttentionScratch& s, float* out, int64_t out_stride, Ahead ahead) {
-  const DF df;
   const KvPart& part = layout.v;
-  const PageParams params = ReadParams(layout, part, head, s.params.data());
-  // Whole vectors of floats would read past the page: panels then.
-  const bool direct = rows <= kProductMostRows &&
-                      (part.has_codes() || (part.bits == 16 && part.columns % kLanes == 0));
-  Panel panel;
-  if (!direct) panel = ReadV(part, head, params, tokens, out_stride, s.v.data());
-  for (int64_t g = 0; g < part.groups; ++g) {
-    const float* weights = p;
-    if (params.scales != nullptr) {
-      const float* const scales = params.scales + g * kPageTokens;
-      float* const weighted = s.weights.data();
-      const int64_t whole = RoundUp(tokens, kLanes);
+  if (part.has_codes()) {
+    const PageParams params = ReadParams(layout, part, head, s.scales.data(), s.zeros.data());
+    ReadWords(part, head, tokens, out_stride, out_stride, s.words.data(), ahead);
+    CodeValues x;
+    x.products.a = reinterpret_cast<const uint32_t*>(s.weight_codes.data());
+    x.products.a_row = kPageTokens / 2;
+    x.products.a_step = 1;
+    x.products.b_step = out_stride;
+    x.products.steps = (tokens + 1) / 2;
+    x.zero_sums = s.zero_sums.data();
+    x.steps = s.steps.data();
+    x.c_stride = out_stride;
+    for (int64_t g = 0; g < part.groups; ++g) {
+      const int64_t at = g * kPageTokens, begin = g * part.group;
       for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t t = 0; t < whole; t += kLanes) {
-          hn::Store(hn::Mul(hn::Load(df, p + r * kBlock + t), hn::Load(df, scales + t)), df,
-                    weighted + r * kBlock + t);
-        }
+        const size_t row = static_cast<size_t>(r);
+        s.steps[row] =
+            WeightCodes(p + r * kBlock, params.scales + at, params.zeros + at, tokens,
+                        s.weight_codes.data() + r * kPageTokens, &s.zero_sums[row]);
       }
-      weights = weighted;
+      x.products.b = s.words.data() + begin;
+      x.c = out + begin;
+      CodeProducts(x, rows, RoundUp(part.group, kLanes));
     }
-    if (direct) {
-      const PageProduct product{.part = &part,
-                                .head = head,
-                                .params = params,
-                                .a = weights,
-                                .a_stride = kBlock,
-                                .c = out,
-                                .c_stride = out_stride,
-                                .tokens = tokens,
-                                .group = g,
-                                .ahead = &ahead};
-      if (part.bits == 16) {
-        ValuesOfPage<16>(product, rows);
-      } else {
-        WithBits(part.bits,
-                 [&](auto bits) FRAMEQUILT_INLINE { ValuesOfPage<bits>(product, rows); });
-      }
-    } else {
-      const int64_t begin = g * part.group;
-      PanelValues(weights, rows, tokens, {panel.data + begin, panel.stride},
-                  RoundUp(part.group, kLanes), out + begin, out_stride);
-    }
+    return;
   }
+  // Whole vectors of floats would read past the page: panels then.
+  if (rows <= kProductMostRows && part.bits == 16 && part.columns % kLanes == 0) {
+    return ValuesOfHalves({.part = &part,
+                           .head = head,
+                           .a = p,
+                           .a_stride = kBlock,
+                           .c = out,
+                           .c_stride = out_stride,
+                           .tokens = tokens,
+                           .ahead = &ahead},
+                          rows);
+  }
+  PanelValues(p, rows, tokens, ReadV(part, head, tokens, out_stride, s.v.data()), out_stride, out,
+              out_stride);
 }
 
 // --- A tile ------------------------------------------------------------------------------------
 
 void Reserve(AttentionScratch& s, const KvPageLayout& layout, int64_t rows) {
+  const auto reserve = [](auto& buffer, int64_t count) {
+    buffer.reserve(static_cast<size_t>(count));
+  };
   const int64_t dims = layout.head_dim, stride = RoundUp(dims, kLanes);
-  s.q.reserve(static_cast<size_t>(rows * dims));
-  s.scores.reserve(static_cast<size_t>(rows * kBlock));
-  s.weights.reserve(static_cast<size_t>(rows * kBlock));
-  s.k.reserve(static_cast<size_t>(dims * kBlock));
-  s.v.reserve(static_cast<size_t>(kBlock * stride + kPanelSlack));
-  s.params.reserve(static_cast<size_t>(std::max(ParamFloats(layout.k), ParamFloats(layout.v))));
-  s.state.reserve(static_cast<size_t>(SoftmaxState::Floats(rows, stride)));
-  s.chunk_state.reserve(static_cast<size_t>(SoftmaxState::Floats(rows, stride)));
+  reserve(s.scores, rows * kBlock);
+  reserve(s.state, SoftmaxState::Floats(rows, stride));
+  reserve(s.chunk_state, SoftmaxState::Floats(rows, stride));
+  reserve(s.factors, rows);
+  if (layout.k.has_codes() || layout.v.has_codes()) {
+    const int64_t groups = std::max(layout.k.groups, layout.v.groups);
+    reserve(s.words, std::max(WordRows(dims) * kBlock, WordRows(kBlock) * stride));
+    reserve(s.scales, groups * kBlock);
+    reserve(s.zeros, groups * kBlock);
+  }
+  if (layout.k.has_codes()) {
+    reserve(s.q_codes, rows * 2 * QueryWords(layout.k));
+    reserve(s.q_sums, rows * layout.k.groups);
+  } else {
+    reserve(s.q, rows * dims);
+    reserve(s.k, dims * kBlock);
+  }
+  if (layout.v.has_codes()) {
+    reserve(s.weight_codes, rows * kBlock);
+    reserve(s.zero_sums, rows);
+    reserve(s.steps, rows);
+  } else {
+    reserve(s.v, kBlock * stride);
+  }
 }
 
 // Consecutive rows [row_begin, row_end) of one sequence, with all query heads of a kv head. Rows of
@@ -175,10 +214,8 @@ struct Tile {
   }
 
   void LoadQueries() const {
-    for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(s.q.data() + r * dims, args.q + place(r, args.q_stride),
-                  static_cast<size_t>(dims) * sizeof(float));
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      LoadQuery(*args.kv.layout, args.q + place(r, args.q_stride), r, args.scale, s);
   }
 
   const std::byte* HeadOf(int64_t token) const {
@@ -198,11 +235,11 @@ struct Tile {
       const int64_t tokens = std::min(kBlock, end - begin), whole = RoundUp(tokens, kLanes);
       const int64_t first = first_row(begin), count = rows - first;
       float* const scores = s.scores.data() + first * kBlock;
-      PageScores(layout, head, s.q.data() + first * dims, count, tokens, s, scores, kBlock,
-                 AheadOfV(layout, head));
+      PageScores(layout, head, first, count, tokens, s, scores, kBlock, AheadOfV(layout, head));
       for (int64_t r = first; r < rows; ++r) {
         const int64_t visible = std::min(tokens, first_visible + r / heads - begin);
-        state.AddScores(r, s.scores.data() + r * kBlock, visible, whole, args.scale);
+        state.AddScores(r, s.scores.data() + r * kBlock, visible, whole,
+                        s.factors[static_cast<size_t>(r)]);
       }
       const bool last = begin + kBlock >= end;
       PageValues(layout, head, scores, count, tokens, s, state.out + first * state.out_stride,
@@ -339,19 +376,20 @@ void ImportanceHead(const ops::ImportanceArgs& args, int64_t kv_head, AttentionS
   for (int64_t r = 0; r < rows; ++r) {  // queries inside heads
     const float* const q =
         args.q + r % queries * args.q_stride + (kv_head * heads + r / queries) * dims;
-    std::memcpy(s.q.data() + r * dims, q, static_cast<size_t>(dims) * sizeof(float));
+    LoadQuery(layout, q, r, args.scale, s);
   }
   for (int64_t begin = 0; begin < length; begin += kBlock) {
     const std::byte* const head =
         args.kv.pages[begin / kBlock] + layout.head_bytes * static_cast<size_t>(kv_head);
-    PageScores(layout, head, s.q.data(), rows, std::min(kBlock, length - begin), s,
-               s.scores.data() + begin, stride, {});
+    PageScores(layout, head, 0, rows, std::min(kBlock, length - begin), s, s.scores.data() + begin,
+               stride, {});
   }
   std::fill_n(part, length, 0.0f);
   for (int64_t r = 0; r < rows; ++r) {
     float* const scores = s.scores.data() + r * stride;
     const int64_t visible = length - queries + r % queries + 1;
-    const float most = ScaleAndMax(scores, visible, args.scale, kLowestScore);
+    const float most =
+        ScaleAndMax(scores, visible, s.factors[static_cast<size_t>(r)], kLowestScore);
     LaneSums sums;
     ExpAndSum(scores, RoundUp(visible, kLanes), most, sums);
     HWY_ALIGN float lanes[kSumLanes];

@@ -11,7 +11,14 @@
 namespace fq::backend::cpu {
 
 struct AttentionScratch {
-  AlignedBuffer<float> q, scores, weights, k, v, params, state, chunk_state;
+  AlignedBuffer<float> q, scores, k, v, state, chunk_state;
+  AlignedBuffer<float> factors;  // of the rows: what scores are times
+  // KV with codes: words of the page, its scales and zeros; codes of the queries and their sums by
+  // group, codes of the weights with one number of each kind per row.
+  AlignedBuffer<uint32_t> words;
+  AlignedBuffer<float> scales, steps;
+  AlignedBuffer<int32_t> zeros, q_sums, zero_sums;
+  AlignedBuffer<int16_t> q_codes, weight_codes;
 };
 
 inline std::vector<AttentionScratch>& attention_scratch(int threads) {

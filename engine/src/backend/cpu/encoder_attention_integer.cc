@@ -133,6 +133,7 @@ struct Head {
   bool ReadValues() const {
     const DF df;
     const DI di;
+    const DU du;
     VF odd = hn::Zero(df);
     float* const scales = s.v_scales.data();
     std::fill(scales, scales + stride, 0.0f);
@@ -160,7 +161,10 @@ struct Head {
           const VF rounded = hn::Round(hn::Div(hn::Load(df, at), scale));
           return hn::ConvertTo(di, hn::Min(hn::Max(rounded, hn::Neg(most)), most));
         };
-        hn::Store(PairWord(code(row + d), code(row + stride + d)), DU(), s.pair.data() + d);
+        const VU first = hn::BitCast(du, code(row + d));
+        const VU second = hn::BitCast(du, code(row + stride + d));
+        hn::Store(hn::Or(hn::And(first, hn::Set(du, 0xFFFFu)), hn::ShiftLeft<16>(second)), du,
+                  s.pair.data() + d);
       }
       ForBlocks([&](int64_t begin, int64_t count) {
         std::memcpy(s.v.data() + begin * pairs + p * count, s.pair.data() + begin,
@@ -198,6 +202,9 @@ struct Head {
       for (int64_t w = 0; w < words; ++w)
         s.q[static_cast<size_t>(w * kTileQueries + r)] = UnsignedWord(s.codes.data(), w);
     }
+    const DU du;
+    for (uint32_t* at = s.q.data(); at < s.q.data() + words * kTileQueries; at += kLanes)
+      hn::Store(WordVector(hn::Load(du, at)), du, at);
   }
 
   // scores [tokens][kTileQueries], and the largest of each row.
@@ -243,7 +250,7 @@ struct Head {
           return ProbabilityCode(hn::Mul(hn::Sub(hn::Load(df, at), m[v]), factor[v]));
         };
         const VU word = PairWord(code(from + v * kLanes), code(from + kTileQueries + v * kLanes));
-        sum[v] = PairDot(sum[v], word, hn::Set(DU(), 0x00010001u));
+        sum[v] = PairDot(sum[v], word, hn::Set(DU(), 0x00010001u));  // adds both
         hn::Store(hn::BitCast(df, word), df, scores + p * kTileQueries + v * kLanes);
       });
     }

@@ -50,6 +50,8 @@ HWY_INLINE void Unrolled(const F& f) {
 
 using DU = hn::Rebind<uint32_t, DF>;
 using VU = hn::Vec<DU>;
+using DI = hn::Rebind<int32_t, DF>;
+using VI = hn::Vec<DI>;
 
 // Codes become floats without a conversion: with exponent bits OR-ed in, a code at bits p.. of the
 // mantissa is the float 2^(23-p) + code, and subtracting 2^(23-p) + zero is exact. Code bits

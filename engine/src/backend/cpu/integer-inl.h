@@ -53,9 +53,6 @@ namespace HWY_NAMESPACE {
 // What differs between the files of one Highway target needs names of its own.
 inline namespace FRAMEQUILT_DOT_NAMESPACE {
 
-using DI = hn::Rebind<int32_t, DF>;
-using VI = hn::Vec<DI>;
-
 #if FRAMEQUILT_DIRECT_DOT
 
 // In assembly, because the targets that Highway enables do not name these instructions. On Arm the

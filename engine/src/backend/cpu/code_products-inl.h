@@ -1,0 +1,223 @@
+// The two inner products of attention over KV with codes (ops/kv_codes.h): words of a page
+// (pages-inl.h) with codes of queries or of weights, exact integers, and what becomes of the sums.
+// Included once per SIMD target.
+#if defined(FRAMEQUILT_CPU_CODE_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FRAMEQUILT_CPU_CODE_PRODUCTS_INL_H_
+#undef FRAMEQUILT_CPU_CODE_PRODUCTS_INL_H_
+#else
+#define FRAMEQUILT_CPU_CODE_PRODUCTS_INL_H_
+#endif
+
+#include <cmath>
+#include <cstring>
+
+#include "hwy/highway.h"
+#include "src/backend/cpu/math-inl.h"
+#include "src/backend/cpu/pages-inl.h"
+#include "src/ops/kv_codes.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace fq::backend::cpu {
+namespace HWY_NAMESPACE {
+#if FRAMEQUILT_HAVE_SIMD
+
+// The integers nearest to numbers of less than 2^22, half to even: the sum that rounds a number has
+// it in its low bits.
+HWY_INLINE VI RoundedCodes(VF x) {
+  const DI di;
+  const VF shifted = hn::Add(x, hn::Set(DF(), Constants::kRoundShift));
+  constexpr int32_t kBits = 0x4B400000;  // of kRoundShift
+  return hn::Sub(hn::BitCast(di, shifted), hn::Set(di, kBits));
+}
+
+// --- Codes of a query and of weights -----------------------------------------------------------
+
+// Codes of a row of one head: groups of words of two dims each, an odd group's last one with a 0,
+// and the sum of each group. Returns the number that a score's integer is times.
+inline float QueryCodes(const float* q, const KvPart& part, int64_t dims, int16_t* codes,
+                        int32_t* sums) {
+  float largest = 0.0f;
+  bool finite = true;
+  for (int64_t d = 0; d < dims; ++d) {
+    largest = std::max(largest, std::fabs(q[d]));
+    finite = finite && std::isfinite(q[d]);
+  }
+  const ops::QueryScale s = ops::query_scale(largest, finite, part.group);
+  for (int64_t g = 0; g < part.groups; ++g) {
+    int32_t sum = 0;
+    for (int64_t d = 0; d < part.group; ++d) {
+      const float code = finite ? std::nearbyint(q[g * part.group + d] * s.to_codes) : 0.0f;
+      *codes++ = static_cast<int16_t>(code);
+      sum += static_cast<int16_t>(code);
+    }
+    if (part.group % 2 != 0) *codes++ = 0;
+    *sums++ = sum;
+  }
+  return s.step;
+}
+
+// Words of a row of query codes.
+constexpr int64_t QueryWords(const KvPart& part) {
+  return int64_t{part.groups} * ((part.group + 1) / 2);
+}
+
+// Codes of the weights p[t] * scales[t] of a row, [64] with 0 from `tokens` on, and the sum of
+// their products with the zeros. Returns what a sum of codes is times.
+HWY_INLINE float WeightCodes(const float* p, const float* scales, const int32_t* zeros,
+                             int64_t tokens, int16_t* codes, int32_t* zero_sum) {
+  constexpr int kVectors = static_cast<int>(kPageTokens) / kLanes;
+  const DF df;
+  const DI di;
+  const hn::Rebind<int16_t, DF> d16;
+  VF weights[kVectors];
+  VF largest = hn::Zero(df);
+  Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+    const int64_t at = v * kLanes, left = tokens - at;
+    weights[v] = hn::Zero(df);
+    if (left > 0) {
+      weights[v] = hn::Mul(hn::Load(df, p + at), hn::Load(df, scales + at));
+      if (left < kLanes) {
+        const auto real = hn::FirstN(df, static_cast<size_t>(left));
+        weights[v] = hn::IfThenElseZero(real, weights[v]);
+      }
+    }
+    largest = hn::Max(largest, weights[v]);
+  });
+  const ops::WeightScale s = ops::weight_scale(hn::GetLane(hn::MaxOfLanes(df, largest)));
+  const VF to_codes = hn::Set(df, s.to_codes);
+  VI sum = hn::Zero(di);
+  Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+    const VI code = RoundedCodes(hn::Mul(weights[v], to_codes));
+    hn::StoreU(hn::DemoteTo(d16, code), d16, codes + v * kLanes);
+    sum = hn::Add(sum, hn::Mul(code, hn::Load(di, zeros + v * kLanes)));
+  });
+  *zero_sum = hn::GetLane(hn::SumOfLanes(di, sum));
+  return s.step;
+}
+
+// --- Products ----------------------------------------------------------------------------------
+
+// Scores of some rows with a page's tokens, over the dims of one group.
+struct CodeScores {
+  WordProducts products;             // words of the queries with those of K
+  const int32_t* sums = nullptr;     // of the queries' codes, a row's lie sums_row apart
+  int64_t sums_row = 0;
+  const float* scales = nullptr;     // of the tokens
+  const int32_t* zeros = nullptr;
+  float* c = nullptr;
+  int64_t c_stride = 0;
+  bool first = false;  // group: instead of adding
+
+  void NextRows(int64_t rows) {
+    products.a += rows * products.a_row;
+    sums += rows * sums_row;
+    c += rows * c_stride;
+  }
+  void NextColumns(int64_t columns) {
+    products.b += columns;
+    scales += columns;
+    zeros += columns;
+    c += columns;
+  }
+};
+
+template <int kRows, int kVectors>
+HWY_NOINLINE void CodeKernel(const CodeScores& x) {
+  const DF df;
+  const DI di;
+  VI acc[kRows * kVectors];
+  Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Zero(di); });
+  AddPairProducts<kRows, kVectors>(x.products, acc);
+  Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+    const VF scale = hn::Load(df, x.scales + v * kLanes);
+    const VI zero = hn::Load(di, x.zeros + v * kLanes);
+    Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+      const VI offset = hn::Mul(zero, hn::Set(di, x.sums[r * x.sums_row]));
+      const VF dot = hn::ConvertTo(df, hn::Sub(acc[r * kVectors + v], offset));
+      float* const c = x.c + r * x.c_stride + v * kLanes;
+      hn::Store(x.first ? hn::Mul(dot, scale) : hn::MulAdd(dot, scale, hn::Load(df, c)), df, c);
+    });
+  });
+}
+
+// Weighted values of some rows over the tokens of a page, for some dims of one group.
+struct CodeValues {
+  WordProducts products;              // words of the weights with those of V
+  const int32_t* zero_sums = nullptr;  // of the rows
+  const float* steps = nullptr;
+  float* c = nullptr;
+  int64_t c_stride = 0;
+
+  void NextRows(int64_t rows) {
+    products.a += rows * products.a_row;
+    zero_sums += rows;
+    steps += rows;
+    c += rows * c_stride;
+  }
+  void NextColumns(int64_t columns) {
+    products.b += columns;
+    c += columns;
+  }
+};
+
+template <int kRows, int kVectors>
+HWY_NOINLINE void CodeKernel(const CodeValues& x) {
+  const DF df;
+  const DI di;
+  VI acc[kRows * kVectors];
+  Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE {
+    acc[i] = hn::Set(di, -x.zero_sums[i / kVectors]);
+  });
+  AddPairProducts<kRows, kVectors>(x.products, acc);
+  Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+    const VF step = hn::Set(df, x.steps[r]);
+    Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+      float* const c = x.c + r * x.c_stride + v * kLanes;
+      const VF sum = hn::ConvertTo(df, acc[r * kVectors + v]);
+      hn::Store(hn::MulAdd(sum, step, hn::Load(df, c)), df, c);
+    });
+  });
+}
+
+// Kernels of a kind for 1.. rows.
+template <class X, int kVectors, int... kI>
+constexpr std::array<void (*)(const X&), sizeof...(kI)> MakeCodeKernels(
+    std::integer_sequence<int, kI...>) {
+  return {&CodeKernel<kI + 1, kVectors>...};
+}
+template <int kVectors>
+constexpr int kCodeRows = kVectors == 4 ? kMaxAccumulators / 4 : kMicroRows;
+template <class X, int kVectors>
+constexpr auto kCodeKernels =
+    MakeCodeKernels<X, kVectors>(std::make_integer_sequence<int, kCodeRows<kVectors>>());
+
+// All rows and columns (a multiple of kLanes). Few rows take wide panels, so that enough sums are in
+// flight.
+template <class X>
+void CodeProducts(X x, int64_t rows, int64_t columns) {
+  int64_t vectors = columns / kLanes;
+  const auto run = [&]<int kVectors>(std::integral_constant<int, kVectors>) {
+    constexpr int64_t kMost = kCodeRows<kVectors>;
+    const int64_t tiles = (rows + kMost - 1) / kMost;
+    X part = x;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t count = rows * (tile + 1) / tiles - rows * tile / tiles;
+      kCodeKernels<X, kVectors>[static_cast<size_t>(count - 1)](part);
+      part.NextRows(count);
+    }
+    x.NextColumns(kVectors * kLanes);
+    vectors -= kVectors;
+  };
+  if (rows <= kCodeRows<4>) {
+    while (vectors >= 4) run(std::integral_constant<int, 4>());
+  }
+  while (vectors >= 2) run(std::integral_constant<int, 2>());
+  if (vectors > 0) run(std::integral_constant<int, 1>());
+}
+
+#endif
+}  // namespace HWY_NAMESPACE
+}  // namespace fq::backend::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif
