@@ -75,6 +75,7 @@ void PageScores(const KvPageLayout& layout, const std::byte* head, int64_t first
     x.sums_row = part.groups;
     x.c = scores;
     x.c_stride = stride;
+    x.ahead = ahead;
     const auto* const words = reinterpret_cast<const uint32_t*>(s.q_codes.data());
     for (int64_t g = 0; g < part.groups; ++g) {
       x.products.a = words + first * x.products.a_row + g * x.products.steps;
@@ -119,6 +120,7 @@ void PageValues(const KvPageLayout& layout, const std::byte* head, const float* 
     x.zero_sums = s.zero_sums.data();
     x.steps = s.steps.data();
     x.c_stride = out_stride;
+    x.ahead = ahead;
     for (int64_t g = 0; g < part.groups; ++g) {
       const int64_t at = g * kPageTokens, begin = g * part.group;
       for (int64_t r = 0; r < rows; ++r) {

@@ -107,6 +107,7 @@ struct CodeScores {
   float* c = nullptr;
   int64_t c_stride = 0;
   bool first = false;  // group: instead of adding
+  Ahead ahead;
 
   void NextRows(int64_t rows) {
     products.a += rows * products.a_row;
@@ -121,13 +122,22 @@ struct CodeScores {
   }
 };
 
+// Asks for what is needed next while it multiplies, as many lines in all as a page of 8 bits has.
 template <int kRows, int kVectors>
-HWY_NOINLINE void CodeKernel(const CodeScores& x) {
+HWY_INLINE void AddAsking(const WordProducts& products, VI (&acc)[kRows * kVectors], Ahead& asked) {
+  constexpr int kLines = std::max(1, kVectors * kLanes / 32);  // of a step
+  Ahead ahead = asked;
+  AddPairProducts<kRows, kVectors>(products, acc, [&]() FRAMEQUILT_INLINE { ahead.Ask(kLines); });
+  asked = ahead;
+}
+
+template <int kRows, int kVectors>
+HWY_NOINLINE void CodeKernel(CodeScores& x) {
   const DF df;
   const DI di;
   VI acc[kRows * kVectors];
   Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Zero(di); });
-  AddPairProducts<kRows, kVectors>(x.products, acc);
+  AddAsking<kRows, kVectors>(x.products, acc, x.ahead);
   Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
     const VF scale = hn::Load(df, x.scales + v * kLanes);
     const VI zero = hn::Load(di, x.zeros + v * kLanes);
@@ -147,6 +157,7 @@ struct CodeValues {
   const float* steps = nullptr;
   float* c = nullptr;
   int64_t c_stride = 0;
+  Ahead ahead;
 
   void NextRows(int64_t rows) {
     products.a += rows * products.a_row;
@@ -161,14 +172,14 @@ struct CodeValues {
 };
 
 template <int kRows, int kVectors>
-HWY_NOINLINE void CodeKernel(const CodeValues& x) {
+HWY_NOINLINE void CodeKernel(CodeValues& x) {
   const DF df;
   const DI di;
   VI acc[kRows * kVectors];
   Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE {
     acc[i] = hn::Set(di, -x.zero_sums[i / kVectors]);
   });
-  AddPairProducts<kRows, kVectors>(x.products, acc);
+  AddAsking<kRows, kVectors>(x.products, acc, x.ahead);
   Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
     const VF step = hn::Set(df, x.steps[r]);
     Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
@@ -181,7 +192,7 @@ HWY_NOINLINE void CodeKernel(const CodeValues& x) {
 
 // Kernels of a kind for 1.. rows.
 template <class X, int kVectors, int... kI>
-constexpr std::array<void (*)(const X&), sizeof...(kI)> MakeCodeKernels(
+constexpr std::array<void (*)(X&), sizeof...(kI)> MakeCodeKernels(
     std::integer_sequence<int, kI...>) {
   return {&CodeKernel<kI + 1, kVectors>...};
 }
@@ -194,7 +205,8 @@ constexpr auto kCodeKernels =
 // All rows and columns (a multiple of kLanes). Few rows take wide panels, so that enough sums are in
 // flight.
 template <class X>
-void CodeProducts(X x, int64_t rows, int64_t columns) {
+void CodeProducts(X& whole, int64_t rows, int64_t columns) {
+  X x = whole;
   int64_t vectors = columns / kLanes;
   const auto run = [&]<int kVectors>(std::integral_constant<int, kVectors>) {
     constexpr int64_t kMost = kCodeRows<kVectors>;
@@ -205,6 +217,7 @@ void CodeProducts(X x, int64_t rows, int64_t columns) {
       kCodeKernels<X, kVectors>[static_cast<size_t>(count - 1)](part);
       part.NextRows(count);
     }
+    x.ahead = part.ahead;
     x.NextColumns(kVectors * kLanes);
     vectors -= kVectors;
   };
@@ -213,6 +226,7 @@ void CodeProducts(X x, int64_t rows, int64_t columns) {
   }
   while (vectors >= 2) run(std::integral_constant<int, 2>());
   if (vectors > 0) run(std::integral_constant<int, 1>());
+  whole.ahead = x.ahead;
 }
 
 #endif

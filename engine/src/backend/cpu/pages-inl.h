@@ -81,32 +81,34 @@ struct CodeUnit {
       high = LoadBytes(bytes + part.high + PlaneRow(row, kPlanes.high) * part.columns);
   }
 
-  template <int kRow>
-  HWY_INLINE VU Code() const {
-    const DU du;
-    const VU mask = hn::Set(du, (1u << kPlanes.low) - 1);
-    const VU code =
-        hn::And(hn::ShiftRight<kRow % kPerLow * kPlanes.low>(low[kRow / kPerLow]), mask);
-    if constexpr (kPlanes.high == 0) {
-      return code;
-    } else {
-      const VU top = hn::Set(du, (1u << kPlanes.high) - 1);
-      const VU part = hn::And(hn::ShiftRight<kRow * kPlanes.high>(high), top);
-      return hn::Or(code, hn::ShiftLeft<kPlanes.low>(part));
-    }
-  }
-  // Of rows 2 kPair and 2 kPair + 1.
+  // Of rows 2 kPair and 2 kPair + 1: no plane but that of 8 bits has them in different bytes.
   template <int kPair>
   HWY_INLINE VU Pair() const {
-    const DU du;
+    constexpr int kFirst = 2 * kPair;
     if constexpr (kBits == 8) {
       return SplitPairs(hn::Or(low[0], hn::ShiftLeft<16>(low[1])));
-    } else if constexpr (kBits == 4) {  // both in one byte
-      const VU word = hn::Or(low[kPair], hn::ShiftLeft<12>(low[kPair]));
-      return SplitPairs(hn::And(word, hn::Set(du, 0x000F000Fu)));
     } else {
-      return PairWord(Code<2 * kPair>(), Code<2 * kPair + 1>());
+      constexpr int kFrom = kFirst % kPerLow * kPlanes.low;
+      VU word = Spread<kPlanes.low, kFrom, 0>(low[kFirst / kPerLow]);
+      if constexpr (kPlanes.high > 0)
+        word = hn::Or(word, Spread<kPlanes.high, kFirst * kPlanes.high, kPlanes.low>(high));
+      return SplitPairs(word);
     }
+  }
+
+ private:
+  template <int kBy>  // to the left, or to the right where it is negative
+  static HWY_INLINE VU Moved(VU word) {
+    if constexpr (kBy > 0) return hn::ShiftLeft<kBy>(word);
+    if constexpr (kBy < 0) return hn::ShiftRight<-kBy>(word);
+    return word;
+  }
+  // Two fields of kField bits, one behind the other from bit kFrom on, to bit kTo of both halves.
+  template <int kField, int kFrom, int kTo>
+  static HWY_INLINE VU Spread(VU word) {
+    constexpr uint32_t kMask = ((1u << kField) - 1) << kTo;
+    const VU both = hn::Or(Moved<kTo - kFrom>(word), Moved<kTo - kFrom + 16 - kField>(word));
+    return hn::And(both, hn::Set(DU(), kMask | kMask << 16));
   }
 };
 
@@ -114,12 +116,13 @@ struct CodeUnit {
 constexpr int64_t WordRows(int64_t rows) { return RoundUp(rows, 8) / 2; }
 
 // `columns` (a multiple of kLanes) of the first `rows` rows: out [WordRows(rows)][stride]. Codes of
-// rows behind the last one and of columns that the page does not have are anything.
+// rows behind the last one and of columns that the page does not have are anything. Asks for as
+// many lines as it reads in half of its steps; the products go on with it.
 template <int kBits>
 void ReadWordsOf(const KvPart& part, const std::byte* head, int64_t rows, int64_t columns,
                  int64_t stride, uint32_t* out, Ahead& ahead) {
   using Unit = CodeUnit<kBits>;
-  const int64_t lines = (Unit::kRows * kBits * columns + 511) / 512;
+  const int64_t lines = std::max<int64_t>(1, Unit::kRows * kBits * columns / 1024);  // every other
   for (int64_t row = 0; row < rows; row += Unit::kRows) {
     ahead.Ask(lines);
     for (int64_t c = 0; c < columns; c += kLanes) {

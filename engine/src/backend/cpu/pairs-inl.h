@@ -81,13 +81,16 @@ struct WordProducts {
   int64_t steps = 0;
 };
 
-template <int kRows, int kVectors, class Dot>
-HWY_INLINE void AddProducts(const WordProducts& p, const Dot& dot, VI (&acc)[kRows * kVectors]) {
+// before(): called in every step.
+template <int kRows, int kVectors, class Dot, class Before>
+HWY_INLINE void AddProducts(const WordProducts& p, VI (&acc)[kRows * kVectors], const Dot& dot,
+                            const Before& before) {
   const DU du;
   const uint32_t* HWY_RESTRICT a = p.a;
   const uint32_t* HWY_RESTRICT b = p.b;
   const int64_t a_row = p.a_row;
   for (int64_t step = 0; step < p.steps; ++step, a += p.a_step, b += p.b_step) {
+    before();
     VU vectors[kVectors];
     Unrolled<kVectors>([&](auto v)
                            FRAMEQUILT_INLINE { vectors[v] = hn::Load(du, b + v * kLanes); });
@@ -100,11 +103,13 @@ HWY_INLINE void AddProducts(const WordProducts& p, const Dot& dot, VI (&acc)[kRo
   }
 }
 
-template <int kRows, int kVectors>
-HWY_INLINE void AddPairProducts(const WordProducts& p, VI (&acc)[kRows * kVectors]) {
+template <int kRows, int kVectors, class Before>
+HWY_INLINE void AddPairProducts(const WordProducts& p, VI (&acc)[kRows * kVectors],
+                                const Before& before) {
   AddProducts<kRows, kVectors>(
-      p, [](VI sum, VU pairs, VU word) FRAMEQUILT_INLINE { return PairDot(sum, pairs, word); },
-      acc);
+      p, acc,
+      [](VI sum, VU pairs, VU word) FRAMEQUILT_INLINE { return PairDot(sum, pairs, word); },
+      before);
 }
 
 #endif

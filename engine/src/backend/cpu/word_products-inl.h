@@ -92,8 +92,9 @@ HWY_NOINLINE void ScoreMicro(const ScoreBlock& block) {
     acc[2 * r] = acc[2 * r + 1] = hn::Set(di, block.starts[r]);
   });
   AddProducts<kRows, 2>(
-      block.products,
-      [](VI sum, VU vector, VU word) FRAMEQUILT_INLINE { return WordDot(sum, vector, word); }, acc);
+      block.products, acc,
+      [](VI sum, VU vector, VU word) FRAMEQUILT_INLINE { return WordDot(sum, vector, word); },
+      []() FRAMEQUILT_INLINE {});
   VF most[2] = {hn::Load(df, block.most), hn::Load(df, block.most + kLanes)};
   Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
     const VF scale = hn::Set(df, block.scales[r]);
@@ -119,7 +120,7 @@ HWY_NOINLINE void ValueMicro(const ValueBlock& block) {
   const DF df;
   VI acc[kRows * 2];
   Unrolled<kRows * 2>([&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Zero(DI()); });
-  AddPairProducts<kRows, 2>(block.products, acc);
+  AddPairProducts<kRows, 2>(block.products, acc, []() FRAMEQUILT_INLINE {});
   Unrolled<kRows * 2>([&](auto i) FRAMEQUILT_INLINE {
     float* const at = block.out + i * kLanes;
     const VF old = block.first ? hn::Zero(df) : hn::Load(df, at);
