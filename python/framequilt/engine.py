@@ -156,7 +156,8 @@ class Engine:
         activations: how the inputs of linears are quantized: "a16" (not at all), "a8", "a6" or
             "a4", per token, "-asym" behind them for an asymmetric range; None is what the model
             says. As in a conversion it holds for every linear with quantized weights but the head,
-            which has to be named: "a8,head=a8".
+            which has to be named: "a8,head=a8". So does the vision tower's attention, whose queries
+            and keys can have 8 bits: "a8,attention=a8" (engine/CONTRACT.md, 1.5).
         numerics: how quantized inputs are multiplied: "int" (integer products), or "exact" (float32
             products of the numbers that the codes stand for; slow, to compare with).
         memory: bytes for KV pages and workspace, as 2**30, "1GiB" or "512MB". Weights are mapped

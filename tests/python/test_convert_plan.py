@@ -308,7 +308,7 @@ def test_commands_explain_the_choice(llama: Path, tmp_path: Path) -> None:
                "a8,lm_head=a8")  # fmt: skip
     assert "a8,lm_head=a8" in made and "decoder layers" in made
     shown = run("inspect", str(tmp_path / "m"))
-    assert "fast: w4g128, a8-asym, kv8" in shown and "need not be symmetric" in shown
+    assert "fast: w4g128, a8-asym,attention=a8, kv8" in shown and "need not be symmetric" in shown
     assert "w4g128 a8" in shown and "bits each" in shown
     record = json.loads(run("inspect", str(tmp_path / "m"), "--json"))
     assert record["formats"]["w4g128 a8"]["linears"] == 21

@@ -55,7 +55,8 @@ def command(
         typer.Option(
             "--activations",
             help="How inputs of linears are quantized, in the same grammar: a16 (not at all), a8, "
-            "a6, a4, a8-asym, a6-asym, a4-asym. \\[default: a16, or what the checkpoint says]",
+            "a6, a4, a8-asym, a6-asym, a4-asym; attention=a8 is for the vision tower's queries and "
+            "keys. \\[default: a16, or what the checkpoint says]",
         ),
     ] = None,
     kv: Annotated[

@@ -4,7 +4,8 @@ They follow findings of "Evaluating Quantized Large Language Models" (arXiv 2402
 its published results: 8-bit weights and KV caches cost nothing; 4-bit weights a point on knowledge
 tasks and 2 to 4 on arithmetic; 8-bit inputs at most a point more. Those are asymmetric, as in the
 paper: what they add to the divergence is about half of what symmetric ones add, and they are as
-fast (quantize/METHODS.md, "Inputs of 8 bits"). Three bits everywhere lose 5 points on knowledge and
+fast (quantize/METHODS.md, "Inputs of 8 bits"). Queries and keys of a vision tower in 8 bits add
+nothing to that which can be told from noise ("Attention of the vision tower in 8 bits"). Three bits everywhere lose 5 points on knowledge and
 13 on arithmetic, and the smaller a model is, the more: so they are for the MLPs only, which are
 most of a model, and neither its first nor its last layers.
 
@@ -40,10 +41,10 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "fast",
             "w4g128",
-            "a8-asym",
+            "a8-asym,attention=a8",
             "kv8",
             "integer products of 4-bit weights and 8-bit inputs, whose range need not be "
-            "symmetric: the quickest prompts and answers",
+            "symmetric, and in the attention of a vision tower: the quickest prompts and answers",
         ),
         Preset(
             "small",

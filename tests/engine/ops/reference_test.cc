@@ -203,10 +203,60 @@ TEST(AttentionReference, EqualsSoftmaxInDoublePrecision) {
         const auto want =
             exact_attention(pages, q.data() + at, head / 2, tokens - rows + row + 1, scale);
         // Scores up to 16 err by 34 roundings each, exp turns that into 544 units (random signs:
-        // far fewer); the mean of values below 5 keeps it.
+        // far fewer); the mean of values below 5 keeps it. With codes a score is moved by its query's
+        // rounding, in each of 32 dims uniform in a step of 2^-15 of at most 4.5, times keys of
+        // deviation 1 and scale / sqrt(12): deviation 5.6e-5, of which six are 3.4e-4. Weights err by
+        // 2^-16 of the largest.
+        const double codes = pages.layout.k.has_codes() ? 5 * 3.4e-4 + 5 * 0x1p-16 : 0;
         for (size_t d = 0; d < static_cast<size_t>(dims); ++d)
-          ASSERT_NEAR(out[at + d], want[d], 5 * 600 * kUnit);
+          ASSERT_NEAR(out[at + d], want[d], 5 * 600 * kUnit + codes);
       }
+    }
+  }
+}
+
+TEST(AttentionReference, ProductsOfCodesAreExactAtTheLargestSums) {
+  // 512 dims in one group, all codes 0 or 255 and queries at their largest: the sums reach what
+  // int32 holds. One token gets all the weight.
+  const int dims = 320;
+  std::vector<float> k(2 * static_cast<size_t>(dims), 1.0f), v(k.size(), 1.0f);
+  std::fill_n(k.begin(), dims, -1.0f);
+  v[0] = -3.0f;
+  const Pages pages(k, v, 1, dims, "kv8");
+  ASSERT_EQ(pages.layout.k.group, dims);  // 128 does not divide it
+  const std::vector<float> q(static_cast<size_t>(dims), 7.0f);
+  std::vector<float> out(q.size());
+  attention_reference({.q = q.data(),
+                       .q_stride = dims,
+                       .out = out.data(),
+                       .out_stride = dims,
+                       .rows = 1,
+                       .begin = 1,
+                       .heads = 1,
+                       .scale = 0.05f,
+                       .kv = pages.view(2)});
+  for (const float value : out) EXPECT_NEAR(value, 1.0f, 1e-3);
+}
+
+TEST(AttentionReference, AQueryThatIsNotFiniteIsNanAlone) {
+  const auto k = normal_values(3 * 8, 1), v = normal_values(3 * 8, 2);
+  for (const char* format : {"kv32", "kv8"}) {
+    const Pages pages(k, v, 1, 8, format);
+    auto q = normal_values(2 * 8, 3);
+    q[3] = INFINITY;
+    std::vector<float> out(q.size());
+    attention_reference({.q = q.data(),
+                         .q_stride = 8,
+                         .out = out.data(),
+                         .out_stride = 8,
+                         .rows = 2,
+                         .begin = 1,
+                         .heads = 1,
+                         .scale = 0.3f,
+                         .kv = pages.view(3)});
+    for (size_t d = 0; d < 8; ++d) {
+      EXPECT_TRUE(std::isnan(out[d])) << format;
+      EXPECT_TRUE(std::isfinite(out[8 + d])) << format;
     }
   }
 }
@@ -258,6 +308,149 @@ TEST(EncoderAttentionReference, BlocksDoNotSeeEachOther) {
   args.out = changed.data();
   encoder_attention_reference(args);
   EXPECT_TRUE(std::equal(both.begin(), both.begin() + tokens * stride, changed.begin()));
+}
+
+// Encoder attention with 8-bit queries and keys, in double precision, of one block and head.
+std::vector<double> simulated_attention(const float* q, const float* k, const float* v,
+                                        int64_t tokens, int64_t stride, int dims, double scale) {
+  const size_t n = static_cast<size_t>(dims), count = static_cast<size_t>(tokens);
+  std::vector<double> mean(n), out(count * n);
+  const auto at = [&](const float* x, size_t t, size_t d) {
+    return double{x[static_cast<int64_t>(t) * stride + static_cast<int64_t>(d)]};
+  };
+  for (size_t t = 0; t < count; ++t)
+    for (size_t d = 0; d < n; ++d) mean[d] += at(k, t, d) / static_cast<double>(tokens);
+  const auto rounded = [&](std::vector<double> row, double levels) {
+    double most = 0;
+    for (const double x : row) most = std::max(most, std::fabs(x));
+    for (double& x : row) x = std::nearbyint(x / (most / levels)) * (most / levels);
+    return row;
+  };
+  std::vector<std::vector<double>> keys, values(n, std::vector<double>(count));
+  for (size_t t = 0; t < count; ++t) {
+    std::vector<double> row(n);
+    for (size_t d = 0; d < n; ++d) row[d] = at(k, t, d) - mean[d];
+    keys.push_back(rounded(row, 127));
+    for (size_t d = 0; d < n; ++d) values[d][t] = at(v, t, d);
+  }
+  for (auto& channel : values) channel = rounded(channel, 1023);
+  for (size_t t = 0; t < count; ++t) {
+    std::vector<double> row(n), p(count);
+    for (size_t d = 0; d < n; ++d) row[d] = at(q, t, d);
+    row = rounded(row, 127);
+    double most = -1e300, sum = 0;
+    for (size_t u = 0; u < count; ++u) {
+      for (size_t d = 0; d < n; ++d) p[u] += row[d] * keys[u][d] * scale;
+      most = std::max(most, p[u]);
+    }
+    for (double& x : p) sum += x = std::nearbyint(std::exp(x - most) * 8192);
+    for (size_t d = 0; d < n; ++d) {
+      for (size_t u = 0; u < count; ++u) out[t * n + d] += p[u] / sum * values[d][u];
+    }
+  }
+  return out;
+}
+
+TEST(IntegerEncoderAttentionReference, IsTheAttentionOfItsCodes) {
+  const int heads = 2, dims = 24;
+  const int64_t tokens = 300, stride = heads * dims + 1;  // two spans of values
+  auto q = normal_values(static_cast<size_t>(tokens * stride), 21);
+  const auto k = normal_values(q.size(), 22), v = normal_values(q.size(), 23);
+  std::vector<float> out(q.size());
+  const EncoderAttentionArgs args{.q = q.data(),
+                                  .k = k.data(),
+                                  .v = v.data(),
+                                  .out = out.data(),
+                                  .stride = stride,
+                                  .blocks = 1,
+                                  .tokens = tokens,
+                                  .heads = heads,
+                                  .head_dim = dims,
+                                  .scale = 0.4f};
+  integer_encoder_attention_reference(args);
+  std::vector<float> exact(q.size());
+  EncoderAttentionArgs plain = args;
+  plain.out = exact.data();
+  encoder_attention_reference(plain);
+  double moved = 0, off = 0, size = 0;
+  for (int head = 0; head < heads; ++head) {
+    const int64_t at = int64_t{head} * dims;
+    const auto want = simulated_attention(q.data() + at, k.data() + at, v.data() + at, tokens,
+                                          stride, dims, 0.4f);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int d = 0; d < dims; ++d) {
+        const size_t i = static_cast<size_t>(t * stride + at + d);
+        const double w = want[static_cast<size_t>(t * dims + d)];
+        // A code of a key that rounding puts on the other side of a tie moves one score by a step of
+        // 4 / 127 times 4 times the scale: 5 % of one weight, below 0.3 of a row. Probabilities move
+        // by steps of 2^-13.
+        ASSERT_NEAR(out[i], w, 4 * 0.3 * 0.05) << "token " << t << " dim " << d;
+        off += (out[i] - w) * (out[i] - w);
+        moved += (out[i] - exact[i]) * (out[i] - exact[i]);
+        size += exact[i] * double{exact[i]};
+      }
+    }
+  }
+  // Ties are rare: what the codes change is far more than what rounding in another precision does.
+  EXPECT_LT(std::sqrt(off / size), 2e-4);
+  EXPECT_GT(std::sqrt(moved / size), 10 * std::sqrt(off / size));
+  // Scores err by 0.4 * sqrt(24 * 2) * (3 / 127) / sqrt(12), 2 %, and a mean of many keeps less.
+  EXPECT_LT(std::sqrt(moved / size), 0.02);
+}
+
+TEST(IntegerEncoderAttentionReference, WhatAllKeysHaveInCommonCostsNothing) {
+  const int dims = 16;
+  const int64_t tokens = 50;
+  const auto q = normal_values(static_cast<size_t>(tokens * dims), 31), v = normal_values(q.size(), 33);
+  auto k = normal_values(q.size(), 32);
+  std::vector<float> before(q.size()), after(q.size());
+  EncoderAttentionArgs args{.q = q.data(),
+                            .k = k.data(),
+                            .v = v.data(),
+                            .out = before.data(),
+                            .stride = dims,
+                            .blocks = 1,
+                            .tokens = tokens,
+                            .heads = 1,
+                            .head_dim = dims,
+                            .scale = 0.25f};
+  integer_encoder_attention_reference(args);
+  for (size_t i = 0; i < k.size(); ++i) k[i] += i % dims == 5 ? 64.0f : -4.0f;
+  args.out = after.data();
+  integer_encoder_attention_reference(args);
+  // The sums of the keys lose 2^-18 of 64; where that moves a code, a score moves by 0.25 * 3 * 3 / 127.
+  double off = 0, size = 0;
+  for (size_t i = 0; i < q.size(); ++i) {
+    off += std::pow(double{after[i]} - before[i], 2);
+    size += std::pow(double{before[i]}, 2);
+  }
+  EXPECT_LT(std::sqrt(off / size), 2e-3);
+}
+
+TEST(IntegerEncoderAttentionReference, WhatIsNotFiniteStaysWhereItIs) {
+  const int dims = 8;
+  const int64_t tokens = 5;
+  for (const int where : {0, 1, 2}) {
+    std::vector<float> x[3];
+    for (uint32_t i = 0; i < 3; ++i) x[i] = normal_values(2 * tokens * dims, 41 + i);
+    x[where][3 * dims + 2] = where == 1 ? NAN : INFINITY;  // block 0, token 3
+    std::vector<float> out(x[0].size());
+    integer_encoder_attention_reference({.q = x[0].data(),
+                                         .k = x[1].data(),
+                                         .v = x[2].data(),
+                                         .out = out.data(),
+                                         .stride = dims,
+                                         .blocks = 2,
+                                         .tokens = tokens,
+                                         .heads = 1,
+                                         .head_dim = dims,
+                                         .scale = 0.3f});
+    for (int64_t t = 0; t < 2 * tokens; ++t) {
+      const bool bad = where == 0 ? t == 3 : t < tokens;
+      for (int d = 0; d < dims; ++d)
+        EXPECT_EQ(std::isnan(out[static_cast<size_t>(t * dims + d)]), bad) << where << " " << t;
+    }
+  }
 }
 
 TEST(ImportanceReference, EqualsTheGoldenMeans) {

@@ -21,10 +21,25 @@ struct AttentionScratch {
   AlignedBuffer<int16_t> q_codes, weight_codes;
 };
 
-inline std::vector<AttentionScratch>& attention_scratch(int threads) {
-  static thread_local std::vector<AttentionScratch> scratch;
+// Of encoder attention with codes: those of a head, and a tile of queries on its way through it.
+struct EncoderAttentionScratch {
+  AlignedBuffer<float> rows, k_scales, v_scales, scores, out;
+  AlignedBuffer<int32_t> k_starts;
+  AlignedBuffer<uint32_t> k, v, q, pair;
+  AlignedBuffer<int8_t> codes;
+};
+
+template <class Scratch>
+std::vector<Scratch>& scratch_of_threads(int threads) {
+  static thread_local std::vector<Scratch> scratch;
   if (scratch.size() < static_cast<size_t>(threads)) scratch.resize(static_cast<size_t>(threads));
   return scratch;
+}
+inline std::vector<AttentionScratch>& attention_scratch(int threads) {
+  return scratch_of_threads<AttentionScratch>(threads);
+}
+inline std::vector<EncoderAttentionScratch>& encoder_attention_scratch(int threads) {
+  return scratch_of_threads<EncoderAttentionScratch>(threads);
 }
 
 }  // namespace fq::backend::cpu

@@ -8,9 +8,9 @@
 #include <limits>
 
 #define FRAMEQUILT_WANT_VNNI 1
+#include "src/backend/cpu/attention_scratch.h"
 #include "src/backend/cpu/disabled_targets.h"
 #include "src/backend/cpu/kernels.h"
-#include "src/core/aligned.h"
 #include "src/ops/integer_attention.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -20,29 +20,6 @@
 #include "src/backend/cpu/integer_inputs-inl.h"
 #include "src/backend/cpu/pages-inl.h"
 #include "src/backend/cpu/word_products-inl.h"
-
-namespace fq::backend::cpu {
-#ifndef FRAMEQUILT_INTEGER_ATTENTION_SCRATCH
-#define FRAMEQUILT_INTEGER_ATTENTION_SCRATCH
-namespace {
-
-// Of one thread: codes of a head, and a tile of queries on its way through it. Sized by the caller.
-struct IntegerAttentionScratch {
-  AlignedBuffer<float> rows, k_scales, v_scales, scores, out;
-  AlignedBuffer<int32_t> k_starts;
-  AlignedBuffer<uint32_t> k, v, q, pair;
-  AlignedBuffer<int8_t> codes;
-};
-
-std::vector<IntegerAttentionScratch>& integer_attention_scratch(int threads) {
-  static thread_local std::vector<IntegerAttentionScratch> scratch;
-  if (scratch.size() < static_cast<size_t>(threads)) scratch.resize(static_cast<size_t>(threads));
-  return scratch;
-}
-
-}  // namespace
-#endif
-}  // namespace fq::backend::cpu
 
 HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
@@ -59,13 +36,13 @@ constexpr model::ActivationFormat kCodeFormat{.bits = 8, .symmetric = true};
 // What the parts of a head have in common.
 struct Head {
   const ops::EncoderAttentionArgs& args;
-  IntegerAttentionScratch& s;
+  EncoderAttentionScratch& s;
   int64_t base;    // of its first row in q, k, v and out
   int64_t tokens, pairs, dims;
   int64_t stride;  // dims in whole vectors
   int64_t words;   // of the codes of a row
 
-  Head(const ops::EncoderAttentionArgs& a, IntegerAttentionScratch& scratch, int64_t item)
+  Head(const ops::EncoderAttentionArgs& a, EncoderAttentionScratch& scratch, int64_t item)
       : args(a),
         s(scratch),
         base(item / a.heads * a.tokens * a.stride + item % a.heads * a.head_dim),
@@ -321,8 +298,8 @@ struct Head {
 };
 
 void IntegerEncoderAttention(const ops::EncoderAttentionArgs& args, ThreadPool& pool) {
-  std::vector<IntegerAttentionScratch>& scratch = integer_attention_scratch(pool.threads());
-  for (IntegerAttentionScratch& s : scratch) Head(args, s, 0).Reserve();
+  std::vector<EncoderAttentionScratch>& scratch = encoder_attention_scratch(pool.threads());
+  for (EncoderAttentionScratch& s : scratch) Head(args, s, 0).Reserve();
   pool.parallel_for(args.blocks * args.heads, [&](int64_t item, int thread) {
     Head(args, scratch[static_cast<size_t>(thread)], item).Run();
   });
