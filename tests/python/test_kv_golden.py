@@ -26,16 +26,22 @@ def test_logits_equal_the_reference_implementation(tmp_path: Path, setting: str)
     """Groups of 32 and float32 scales, as the reference has them.
 
     Codes are equal but where a value lies within float32 error of a border (the C++ tests compare
-    them bit by bit on the reference's inputs); the tolerance is the one that the vectors state.
+    them bit by bit on the reference's inputs); the tolerance is the one that the vectors state. It
+    is for float32 products. Integer ones round queries and weights to 16 bits, which moves a few
+    values of the next layer across a border: less than the codes themselves changed, by far.
     """
     source = shared(*GOLDEN, "tiny_models", "llama")
     about = manifest(*GOLDEN)["tiny_models"]["families"]["llama"]["settings"][setting]
     golden = load_file(str(source / "golden.safetensors"))
     tiny.write_tokenizer(tmp_path / "tokenizer", 128)
     convert(source, tmp_path / "model", weights="f32", tokenizer=tmp_path / "tokenizer", kv="kv16")
-    engine = NativeEngine(tmp_path / "model", kv=f"kv{about['kv_bit']}g32+scale32")
-    answer = engine.run(golden["input_ids"].tolist(), return_prompt_logits=True)
-    assert answer.error is None
-    got, want = answer.prompt_logits, golden[f"{setting}.logits"]
-    assert got is not None
-    assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()
+    got = {}
+    for numerics in ("exact", "int"):
+        kv = f"kv{about['kv_bit']}g32+scale32"
+        engine = NativeEngine(tmp_path / "model", kv=kv, numerics=numerics)
+        answer = engine.run(golden["input_ids"].tolist(), return_prompt_logits=True)
+        assert answer.error is None and answer.prompt_logits is not None
+        got[numerics] = answer.prompt_logits
+    want, plain = golden[f"{setting}.logits"], golden["fp.logits"]
+    assert np.abs(got["exact"] - want).max() <= 2e-3 * np.abs(want).max()
+    assert np.linalg.norm(got["int"] - want) <= 0.3 * np.linalg.norm(want - plain)

@@ -12,6 +12,7 @@ Result<DecoderAttention> DecoderAttention::bind(const Binder& binder, const std:
   block.spec_ = spec.attention;
   block.hidden_ = spec.hidden;
   block.layout_ = &layout;
+  block.exact_ = binder.exact;
   block.rope_table_ = {.inv_freq = inv_freq, .dims = spec.rope.dims};
   const bool bias = spec.attention.qkv_bias;
   FQ_ASSIGN_OR_RETURN(block.norm_,
@@ -93,7 +94,8 @@ void DecoderAttention::forward(float* x, int64_t rows, const int32_t* positions,
                       .begin = s.begin,
                       .heads = spec_.heads,
                       .scale = spec_.scale,
-                      .kv = view});
+                      .kv = view,
+                      .exact = exact_});
   }
   attention_(*items, pool);
   if (rotate) ops::rotate_heads(out, q_width, rows, spec_.heads, spec_.head_dim, pool);
@@ -125,7 +127,8 @@ void DecoderAttention::importance(const float* q, int count, std::byte* const* p
                .heads = spec_.heads,
                .scale = spec_.scale,
                .kv = {.layout = layout_, .pages = pages, .length = length},
-               .out = out},
+               .out = out,
+               .exact = exact_},
               pool);
 }
 
@@ -148,11 +151,11 @@ Result<EncoderAttention> EncoderAttention::bind(const Binder& binder, const std:
                       binder.backend.encoder_attention(spec.attention.head_dim, activations));
   const int64_t patches = int64_t{spec.grid()} * spec.grid();
   if (activations.quantized() && patches > ops::kIntegerAttentionMostTokens) {
-    return Error{Code::kUnsupported,
-                 std::to_string(patches) + " patches are too many for attention with " +
-                     activations.name() + " queries and keys",
-                 "at most " + std::to_string(ops::kIntegerAttentionMostTokens) +
-                     "; leave attention=a8 out"};
+    return Error{
+        Code::kUnsupported,
+        std::to_string(patches) + " patches are too many for attention with " + activations.name() +
+            " queries and keys",
+        "at most " + std::to_string(ops::kIntegerAttentionMostTokens) + "; leave attention=a8 out"};
   }
   return block;
 }

@@ -52,6 +52,7 @@ class DecoderAttention {
   backend::KvAppendFn append_ = nullptr;
   backend::AttentionFn attention_ = nullptr;
   backend::ImportanceFn importance_ = nullptr;
+  bool exact_ = false;
 };
 
 class EncoderAttention {

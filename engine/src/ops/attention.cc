@@ -16,8 +16,8 @@
 //   out[d] = O[d] * (1 / sum of L) + 0   (+ 0 turns -0 into +0, so that skipped and zero terms are
 //                                         the same)
 //
-// f is the softmax's scale. Where K or V has codes its products are integers, and what it meets is
-// rounded to about 16 bits first (ops/kv_codes.h):
+// f is the softmax's scale. Where K or V has codes its products are integers, unless `exact` is
+// asked for, and what it meets is rounded to about 16 bits first (ops/kv_codes.h):
 //
 //   q' = round(q * (Q / max|q|)),  dot[g] = sum of q' x_k, exact,  f = scale * (max|q| / Q)
 //   w' = round(w * (W / max w)) of the block's visible tokens
@@ -128,8 +128,8 @@ class OnlineSoftmax {
       float weights[kBlock];
       for (int t = 0; t < n; ++t) weights[t] = p[t] * v.scale(t)[g];
       for (int d = g * v.group; d < (g + 1) * v.group; ++d)
-        out_[static_cast<size_t>(d)] = v.codes ? exact_value(weights, v, n, d)
-                                               : float_value(weights, v, n, d);
+        out_[static_cast<size_t>(d)] =
+            v.codes ? exact_value(weights, v, n, d) : float_value(weights, v, n, d);
     }
   }
 
@@ -183,8 +183,8 @@ void attention_reference(const AttentionArgs& args) {
   const quant::KvPageLayout& layout = *args.kv.layout;
   const int dims = layout.head_dim;
   const int per_kv = args.heads / layout.kv_heads;
-  BlockPart k(dims, layout.k.group, layout.k.has_codes());
-  BlockPart v(dims, layout.v.group, layout.v.has_codes());
+  BlockPart k(dims, layout.k.group, layout.k.has_codes() && !args.exact);
+  BlockPart v(dims, layout.v.group, layout.v.has_codes() && !args.exact);
   for (int head = 0; head < args.heads; ++head) {
     for (int64_t row = 0; row < args.rows; ++row) {
       const int64_t at = int64_t{head} * dims;
@@ -214,7 +214,7 @@ void importance_reference(const ImportanceArgs& args) {
   const int dims = layout.head_dim;
   const int per_kv = args.heads / layout.kv_heads;
   const int64_t length = args.kv.length;
-  BlockPart k(dims, layout.k.group, layout.k.has_codes());
+  BlockPart k(dims, layout.k.group, layout.k.has_codes() && !args.exact);
   std::vector<float> scores(static_cast<size_t>(length)), part(scores.size());
   std::fill_n(args.out, length, 0.0f);
   for (int kv_head = 0; kv_head < layout.kv_heads; ++kv_head) {

@@ -5,8 +5,8 @@
 //   v[t][d]: codes in [-1023, 1023], a scale per d
 //   s[t]   = (sum over d of q code * k code) * k_scale[t],  m = max(s)
 //   p[t]   = probability_code((s[t] - m) * (q_scale * scale * log2 e)),  l = sum of p
-//   o[d]   = for each span of 256 tokens, ascending: o[d] + float(sum over its tokens of p[t] * code)
-//   out[d] = o[d] * v_scale[d] * (1 / l)
+//   o[d]   = for each span of 256 tokens, ascending: o[d] + float(sum over its tokens of p[t] *
+//   code) out[d] = o[d] * v_scale[d] * (1 / l)
 //
 // The mean of the keys moves all scores of a query alike, which a softmax does not see; without it
 // their codes would be spent on what all tokens have in common. Sums of codes are exact, so a row
@@ -60,7 +60,8 @@ class Head {
     const float factor = row.scale * scale * MathConstants::kLog2E;
     std::vector<int32_t> p(scores.size());
     int32_t total = 0;
-    for (size_t t = 0; t < p.size(); ++t) total += p[t] = probability_code((scores[t] - most) * factor);
+    for (size_t t = 0; t < p.size(); ++t)
+      total += p[t] = probability_code((scores[t] - most) * factor);
     const float inverse = 1.0f / static_cast<float>(total);
     for (int d = 0; d < dims_; ++d) {
       float sum = 0.0f;

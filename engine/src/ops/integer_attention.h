@@ -22,8 +22,8 @@ struct IntegerAttention {
   static_assert(kIntegerAttentionMostTokens * kProbabilityOne <= INT32_MAX);
   static_assert(int64_t{kValueSpan} * kProbabilityOne * kValueMost <= INT32_MAX);
 
-  // 2^x for x <= 0 in steps of 1 / kProbabilityOne. n = round(x), and 2^(x - n) times kProbabilityOne
-  // by a minimax polynomial on |r| <= 1/2: error 2.6e-6 of it, 1/46 of a step.
+  // 2^x for x <= 0 in steps of 1 / kProbabilityOne. n = round(x), and 2^(x - n) times
+  // kProbabilityOne by a minimax polynomial on |r| <= 1/2: error 2.6e-6 of it, 1/46 of a step.
   static constexpr float kLowest = -15.0f;  // below: code 0
   static constexpr float kPower[5] = {8191.99395f, 5678.0539f, 1968.10709f, 458.079111f,
                                       78.3982747f};

@@ -111,6 +111,7 @@ struct AttentionArgs {
   int heads = 0;
   float scale = 0;
   KvView kv;
+  bool exact = false;  // codes are multiplied as float32 numbers: slow, to compare with
 };
 void attention_reference(const AttentionArgs& args);
 
@@ -125,6 +126,7 @@ struct ImportanceArgs {
   float scale = 0;
   KvView kv;
   float* out = nullptr;
+  bool exact = false;  // as above
 };
 void importance_reference(const ImportanceArgs& args);
 
@@ -141,8 +143,8 @@ struct EncoderAttentionArgs {
   float scale = 0;
 };
 void encoder_attention_reference(const EncoderAttentionArgs& args);
-// The same with 8-bit queries and keys, see ops/integer_attention.cc. More tokens could overflow the
-// sum of the probabilities' codes.
+// The same with 8-bit queries and keys, see ops/integer_attention.cc. More tokens could overflow
+// the sum of the probabilities' codes.
 inline constexpr int64_t kIntegerAttentionMostTokens = (int64_t{1} << (31 - 13)) - 1;
 void integer_encoder_attention_reference(const EncoderAttentionArgs& args);
 

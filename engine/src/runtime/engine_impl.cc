@@ -35,10 +35,11 @@ Result<std::optional<model::ActivationChoice>> read_activations(const std::strin
   if (asked.empty()) return std::optional<model::ActivationChoice>();
   auto choice = model::parse_activation_choice(asked);
   if (!choice) {
-    return invalid("no activation format '" + asked + "'",
-                   "known: a16 (not quantized), a8, a6, a4, a8-asym, a6-asym, a4-asym; behind it the "
-                   "head's and that of the vision tower's attention, as a8,head=a8,attention=a8; "
-                   "leave it empty for what the model says");
+    return invalid(
+        "no activation format '" + asked + "'",
+        "known: a16 (not quantized), a8, a6, a4, a8-asym, a6-asym, a4-asym; behind it the "
+        "head's and that of the vision tower's attention, as a8,head=a8,attention=a8; "
+        "leave it empty for what the model says");
   }
   const std::string head = spec.decoder.tied_embedding ? "decoder.embedding" : "decoder.head";
   const model::WeightFormat& weights = spec.linears.at(head).format;
@@ -48,9 +49,9 @@ Result<std::optional<model::ActivationChoice>> read_activations(const std::strin
                    "leave the head out");
   }
   if (choice->attention.quantized() && !spec.vision) {
-    return invalid("the model has no vision tower whose attention could be " +
-                       choice->attention.name(),
-                   "leave attention= out");
+    return invalid(
+        "the model has no vision tower whose attention could be " + choice->attention.name(),
+        "leave attention= out");
   }
   return choice;
 }

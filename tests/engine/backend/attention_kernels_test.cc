@@ -159,12 +159,16 @@ TEST_P(AttentionKernels, EqualTheReferenceAroundPageBorders) {
                             .heads = shape().heads,
                             .scale = scale(),
                             .kv = cache.view()};
-    ops::attention_reference(args);
-    args.out = got.data();
-    (*backend_->attention(cache.layout))({&args, 1}, pool_);
-    const double most_score = scale() * shape().head_dim * most_of(q) * most_of(cache.k);
-    expect_equal(got, want, most_score, most_of(cache.v));
-    if (HasFailure()) return;
+    for (const bool exact : {false, true}) {
+      args.exact = exact;
+      args.out = want.data();
+      ops::attention_reference(args);
+      args.out = got.data();
+      (*backend_->attention(cache.layout))({&args, 1}, pool_);
+      const double most_score = scale() * shape().head_dim * most_of(q) * most_of(cache.k);
+      expect_equal(got, want, most_score, most_of(cache.v));
+      if (HasFailure()) return;
+    }
   }
 }
 
@@ -269,14 +273,18 @@ TEST_P(AttentionKernels, ImportanceEqualsTheReference) {
                                .scale = scale(),
                                .kv = cache.view(),
                                .out = want.data()};
-      ops::importance_reference(args);
-      args.out = got.data();
-      (*backend_->importance(cache.layout))(args, pool_);
-      const double most_score = scale() * shape().head_dim * most_of(q) * most_of(cache.k);
-      expect_equal(got, want, most_score, 1.0);
-      double sum = 0;
-      for (const float value : got) sum += value;
-      EXPECT_NEAR(sum, 1.0, 1e-4);  // probabilities: 200 roundings of 6e-8, summed in double
+      for (const bool exact : {false, true}) {
+        args.exact = exact;
+        args.out = want.data();
+        ops::importance_reference(args);
+        args.out = got.data();
+        (*backend_->importance(cache.layout))(args, pool_);
+        const double most_score = scale() * shape().head_dim * most_of(q) * most_of(cache.k);
+        expect_equal(got, want, most_score, 1.0);
+        double sum = 0;
+        for (const float value : got) sum += value;
+        EXPECT_NEAR(sum, 1.0, 1e-4);  // probabilities: 200 roundings of 6e-8, summed in double
+      }
     }
   }
 }

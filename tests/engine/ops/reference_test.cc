@@ -188,28 +188,32 @@ TEST(AttentionReference, EqualsSoftmaxInDoublePrecision) {
     const auto q = normal_values(static_cast<size_t>(rows * heads * dims), 10);
     std::vector<float> out(q.size());
     const float scale = 0.25f;
-    attention_reference({.q = q.data(),
-                         .q_stride = heads * dims,
-                         .out = out.data(),
-                         .out_stride = heads * dims,
-                         .rows = rows,
-                         .begin = tokens - rows,
-                         .heads = heads,
-                         .scale = scale,
-                         .kv = pages.view(tokens)});
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int head = 0; head < heads; ++head) {
-        const size_t at = static_cast<size_t>((row * heads + head) * dims);
-        const auto want =
-            exact_attention(pages, q.data() + at, head / 2, tokens - rows + row + 1, scale);
-        // Scores up to 16 err by 34 roundings each, exp turns that into 544 units (random signs:
-        // far fewer); the mean of values below 5 keeps it. With codes a score is moved by its query's
-        // rounding, in each of 32 dims uniform in a step of 2^-15 of at most 4.5, times keys of
-        // deviation 1 and scale / sqrt(12): deviation 5.6e-5, of which six are 3.4e-4. Weights err by
-        // 2^-16 of the largest.
-        const double codes = pages.layout.k.has_codes() ? 5 * 3.4e-4 + 5 * 0x1p-16 : 0;
-        for (size_t d = 0; d < static_cast<size_t>(dims); ++d)
-          ASSERT_NEAR(out[at + d], want[d], 5 * 600 * kUnit + codes);
+    for (const bool exact : {false, true}) {
+      attention_reference({.q = q.data(),
+                           .q_stride = heads * dims,
+                           .out = out.data(),
+                           .out_stride = heads * dims,
+                           .rows = rows,
+                           .begin = tokens - rows,
+                           .heads = heads,
+                           .scale = scale,
+                           .kv = pages.view(tokens),
+                           .exact = exact});
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int head = 0; head < heads; ++head) {
+          const size_t at = static_cast<size_t>((row * heads + head) * dims);
+          const auto want =
+              exact_attention(pages, q.data() + at, head / 2, tokens - rows + row + 1, scale);
+          // Scores up to 16 err by 34 roundings each, exp turns that into 544 units (random signs:
+          // far fewer); the mean of values below 5 keeps it. With codes a score is moved by its
+          // query's rounding, in each of 32 dims uniform in a step of 2^-15 of at most 4.5, times
+          // keys of deviation 1 and scale / sqrt(12): deviation 5.6e-5, of which six are 3.4e-4.
+          // Weights err by 2^-16 of the largest.
+          const bool integers = pages.layout.k.has_codes() && !exact;
+          const double codes = integers ? 5 * 3.4e-4 + 5 * 0x1p-16 : 0;
+          for (size_t d = 0; d < static_cast<size_t>(dims); ++d)
+            ASSERT_NEAR(out[at + d], want[d], 5 * 600 * kUnit + codes);
+        }
       }
     }
   }
@@ -381,9 +385,9 @@ TEST(IntegerEncoderAttentionReference, IsTheAttentionOfItsCodes) {
       for (int d = 0; d < dims; ++d) {
         const size_t i = static_cast<size_t>(t * stride + at + d);
         const double w = want[static_cast<size_t>(t * dims + d)];
-        // A code of a key that rounding puts on the other side of a tie moves one score by a step of
-        // 4 / 127 times 4 times the scale: 5 % of one weight, below 0.3 of a row. Probabilities move
-        // by steps of 2^-13.
+        // A code of a key that rounding puts on the other side of a tie moves one score by a step
+        // of 4 / 127 times 4 times the scale: 5 % of one weight, below 0.3 of a row. Probabilities
+        // move by steps of 2^-13.
         ASSERT_NEAR(out[i], w, 4 * 0.3 * 0.05) << "token " << t << " dim " << d;
         off += (out[i] - w) * (out[i] - w);
         moved += (out[i] - exact[i]) * (out[i] - exact[i]);
@@ -401,7 +405,8 @@ TEST(IntegerEncoderAttentionReference, IsTheAttentionOfItsCodes) {
 TEST(IntegerEncoderAttentionReference, WhatAllKeysHaveInCommonCostsNothing) {
   const int dims = 16;
   const int64_t tokens = 50;
-  const auto q = normal_values(static_cast<size_t>(tokens * dims), 31), v = normal_values(q.size(), 33);
+  const auto q = normal_values(static_cast<size_t>(tokens * dims), 31),
+             v = normal_values(q.size(), 33);
   auto k = normal_values(q.size(), 32);
   std::vector<float> before(q.size()), after(q.size());
   EncoderAttentionArgs args{.q = q.data(),
@@ -418,7 +423,8 @@ TEST(IntegerEncoderAttentionReference, WhatAllKeysHaveInCommonCostsNothing) {
   for (size_t i = 0; i < k.size(); ++i) k[i] += i % dims == 5 ? 64.0f : -4.0f;
   args.out = after.data();
   integer_encoder_attention_reference(args);
-  // The sums of the keys lose 2^-18 of 64; where that moves a code, a score moves by 0.25 * 3 * 3 / 127.
+  // The sums of the keys lose 2^-18 of 64; where that moves a code, a score moves by 0.25 * 3 * 3 /
+  // 127.
   double off = 0, size = 0;
   for (size_t i = 0; i < q.size(); ++i) {
     off += std::pow(double{after[i]} - before[i], 2);

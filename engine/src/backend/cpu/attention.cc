@@ -1,7 +1,8 @@
 // Causal attention over pages, and the importance of tokens. A tile of query rows (all heads of a
 // kv head) goes over the pages of its sequence. Codes of a page become words once per tile, for
 // integer products (code_products-inl.h); floats are multiplied straight from the page by few rows
-// (half_products-inl.h), from a panel of float32 by many. The pages are cut into chunks of
+// (half_products-inl.h), from a panel of float32 by many, and so are codes where `exact` is asked
+// for. The pages are cut into chunks of
 // kAttentionChunk tokens, computed alone and merged in order: one after the other, or, where there
 // are fewer tiles than threads, on several threads. Every row keeps its own order of operations
 // (ops/attention.cc), hence the same result in any tile, on any number of threads. Called by the
@@ -20,6 +21,7 @@
 #include "hwy/highway.h"
 #include "src/backend/cpu/attention_tile-inl.h"
 #include "src/backend/cpu/code_products-inl.h"
+#include "src/backend/cpu/exact_products-inl.h"
 #include "src/backend/cpu/half_products-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -27,7 +29,6 @@ namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
 #if FRAMEQUILT_HAVE_SIMD
 
-constexpr int64_t kTileRows = 96;         // query rows (times heads of a kv head) of one tile
 constexpr int64_t kProductMostRows = 16;  // up to here straight from the page
 constexpr int64_t kSplitRows = 32;        // up to here chunks go to different threads
 constexpr int64_t kRoundItems = 16;       // chunks of a round, per thread
@@ -45,12 +46,12 @@ Ahead AheadOfV(const KvPageLayout& layout, const std::byte* head) {
 // --- Queries ------------------------------------------------------------------------------------
 
 // Row `row` of the scratch: as it is, or as codes.
-void LoadQuery(const KvPageLayout& layout, const float* q, int64_t row, float scale,
+void LoadQuery(const KvPageLayout& layout, bool exact, const float* q, int64_t row, float scale,
                AttentionScratch& s) {
   const int64_t dims = layout.head_dim;
   float& factor = s.factors[static_cast<size_t>(row)];
   factor = scale;
-  if (layout.k.has_codes()) {
+  if (layout.k.has_codes() && !exact) {
     factor *= QueryCodes(q, layout.k, dims, s.q_codes.data() + row * 2 * QueryWords(layout.k),
                          s.q_sums.data() + row * layout.k.groups);
   } else {
@@ -60,10 +61,13 @@ void LoadQuery(const KvPageLayout& layout, const float* q, int64_t row, float sc
 
 // Scores, before their factors, of rows [first, first + rows) of the scratch with `tokens` tokens
 // of a page: scores [rows][stride].
-void PageScores(const KvPageLayout& layout, const std::byte* head, int64_t first, int64_t rows,
-                int64_t tokens, AttentionScratch& s, float* scores, int64_t stride, Ahead ahead) {
+void PageScores(const KvPageLayout& layout, bool exact, const std::byte* head, int64_t first,
+                int64_t rows, int64_t tokens, AttentionScratch& s, float* scores, int64_t stride,
+                Ahead ahead) {
   const KvPart& part = layout.k;
   const int64_t whole = RoundUp(tokens, kLanes);
+  if (part.has_codes() && exact)
+    return ExactScores(layout, head, first, rows, tokens, s, scores, stride);
   if (part.has_codes()) {
     const PageParams params = ReadParams(layout, part, head, s.scales.data(), s.zeros.data());
     ReadWords(part, head, part.rows, whole, kPageTokens, s.words.data(), ahead);
@@ -100,14 +104,17 @@ void PageScores(const KvPageLayout& layout, const std::byte* head, int64_t first
                            .ahead = &ahead},
                           rows);
   }
-  PanelScores(q, layout.head_dim, rows, layout.head_dim, ReadK(part, head, whole, s.k.data()), whole,
-              scores, stride);
+  PanelScores(q, layout.head_dim, rows, layout.head_dim, ReadK(part, head, whole, s.k.data()),
+              whole, scores, stride);
 }
 
 // out += probabilities [rows, 64] times V of `tokens` tokens.
-void PageValues(const KvPageLayout& layout, const std::byte* head, const float* p, int64_t rows,
-                int64_t tokens, AttentionScratch& s, float* out, int64_t out_stride, Ahead ahead) {
+void PageValues(const KvPageLayout& layout, bool exact, const std::byte* head, const float* p,
+                int64_t rows, int64_t tokens, AttentionScratch& s, float* out, int64_t out_stride,
+                Ahead ahead) {
   const KvPart& part = layout.v;
+  if (part.has_codes() && exact)
+    return ExactValues(layout, head, p, rows, tokens, s, out, out_stride);
   if (part.has_codes()) {
     const PageParams params = ReadParams(layout, part, head, s.scales.data(), s.zeros.data());
     ReadWords(part, head, tokens, out_stride, out_stride, s.words.data(), ahead);
@@ -125,9 +132,8 @@ void PageValues(const KvPageLayout& layout, const std::byte* head, const float* 
       const int64_t at = g * kPageTokens, begin = g * part.group;
       for (int64_t r = 0; r < rows; ++r) {
         const size_t row = static_cast<size_t>(r);
-        s.steps[row] =
-            WeightCodes(p + r * kBlock, params.scales + at, params.zeros + at, tokens,
-                        s.weight_codes.data() + r * kPageTokens, &s.zero_sums[row]);
+        s.steps[row] = WeightCodes(p + r * kBlock, params.scales + at, params.zeros + at, tokens,
+                                   s.weight_codes.data() + r * kPageTokens, &s.zero_sums[row]);
       }
       x.products.b = s.words.data() + begin;
       x.c = out + begin;
@@ -153,7 +159,7 @@ void PageValues(const KvPageLayout& layout, const std::byte* head, const float* 
 
 // --- A tile ------------------------------------------------------------------------------------
 
-void Reserve(AttentionScratch& s, const KvPageLayout& layout, int64_t rows) {
+void Reserve(AttentionScratch& s, const KvPageLayout& layout, bool exact, int64_t rows) {
   const auto reserve = [](auto& buffer, int64_t count) {
     buffer.reserve(static_cast<size_t>(count));
   };
@@ -168,14 +174,14 @@ void Reserve(AttentionScratch& s, const KvPageLayout& layout, int64_t rows) {
     reserve(s.scales, groups * kBlock);
     reserve(s.zeros, groups * kBlock);
   }
-  if (layout.k.has_codes()) {
+  if (layout.k.has_codes() && !exact) {
     reserve(s.q_codes, rows * 2 * QueryWords(layout.k));
     reserve(s.q_sums, rows * layout.k.groups);
   } else {
     reserve(s.q, rows * dims);
     reserve(s.k, dims * kBlock);
   }
-  if (layout.v.has_codes()) {
+  if (layout.v.has_codes() && !exact) {
     reserve(s.weight_codes, rows * kBlock);
     reserve(s.zero_sums, rows);
     reserve(s.steps, rows);
@@ -217,7 +223,7 @@ struct Tile {
 
   void LoadQueries() const {
     for (int64_t r = 0; r < rows; ++r)
-      LoadQuery(*args.kv.layout, args.q + place(r, args.q_stride), r, args.scale, s);
+      LoadQuery(*args.kv.layout, args.exact, args.q + place(r, args.q_stride), r, args.scale, s);
   }
 
   const std::byte* HeadOf(int64_t token) const {
@@ -237,15 +243,17 @@ struct Tile {
       const int64_t tokens = std::min(kBlock, end - begin), whole = RoundUp(tokens, kLanes);
       const int64_t first = first_row(begin), count = rows - first;
       float* const scores = s.scores.data() + first * kBlock;
-      PageScores(layout, head, first, count, tokens, s, scores, kBlock, AheadOfV(layout, head));
+      PageScores(layout, args.exact, head, first, count, tokens, s, scores, kBlock,
+                 AheadOfV(layout, head));
       for (int64_t r = first; r < rows; ++r) {
         const int64_t visible = std::min(tokens, first_visible + r / heads - begin);
         state.AddScores(r, s.scores.data() + r * kBlock, visible, whole,
                         s.factors[static_cast<size_t>(r)]);
       }
       const bool last = begin + kBlock >= end;
-      PageValues(layout, head, scores, count, tokens, s, state.out + first * state.out_stride,
-                 state.out_stride, last ? Ahead() : AheadOfK(layout, HeadOf(begin + kBlock)));
+      PageValues(layout, args.exact, head, scores, count, tokens, s,
+                 state.out + first * state.out_stride, state.out_stride,
+                 last ? Ahead() : AheadOfK(layout, HeadOf(begin + kBlock)));
     }
   }
 
@@ -276,7 +284,7 @@ struct AttentionCut {
 
   explicit AttentionCut(const ops::AttentionArgs& args) {
     kv_heads = args.kv.layout->kv_heads;
-    tile_rows = std::max<int64_t>(1, kTileRows * kv_heads / args.heads);
+    tile_rows = std::max<int64_t>(1, kAttentionTileRows * kv_heads / args.heads);
     tiles = (args.rows + tile_rows - 1) / tile_rows;
     items = tiles * kv_heads;
   }
@@ -349,7 +357,7 @@ void Attention(std::span<const ops::AttentionArgs> list, ThreadPool& pool) {
   if (items == 0) return;
   std::vector<AttentionScratch>& scratch = attention_scratch(pool.threads());
   for (AttentionScratch& s : scratch) {
-    for (const ops::AttentionArgs& args : list) Reserve(s, *args.kv.layout, most_rows);
+    for (const ops::AttentionArgs& args : list) Reserve(s, *args.kv.layout, args.exact, most_rows);
   }
   if (pool.threads() > 1 && items < 2 * pool.threads() && most_rows <= kSplitRows &&
       most_tokens > ops::kAttentionChunk) {
@@ -378,13 +386,13 @@ void ImportanceHead(const ops::ImportanceArgs& args, int64_t kv_head, AttentionS
   for (int64_t r = 0; r < rows; ++r) {  // queries inside heads
     const float* const q =
         args.q + r % queries * args.q_stride + (kv_head * heads + r / queries) * dims;
-    LoadQuery(layout, q, r, args.scale, s);
+    LoadQuery(layout, args.exact, q, r, args.scale, s);
   }
   for (int64_t begin = 0; begin < length; begin += kBlock) {
     const std::byte* const head =
         args.kv.pages[begin / kBlock] + layout.head_bytes * static_cast<size_t>(kv_head);
-    PageScores(layout, head, 0, rows, std::min(kBlock, length - begin), s, s.scores.data() + begin,
-               stride, {});
+    PageScores(layout, args.exact, head, 0, rows, std::min(kBlock, length - begin), s,
+               s.scores.data() + begin, stride, {});
   }
   std::fill_n(part, length, 0.0f);
   for (int64_t r = 0; r < rows; ++r) {
@@ -414,7 +422,7 @@ void Importance(const ops::ImportanceArgs& args, ThreadPool& pool) {
   const int64_t rows = args.heads / kv_heads * args.queries;
   std::vector<AttentionScratch>& scratch = attention_scratch(pool.threads());
   for (AttentionScratch& s : scratch) {
-    Reserve(s, *args.kv.layout, rows);
+    Reserve(s, *args.kv.layout, args.exact, rows);
     s.scores.reserve(static_cast<size_t>(rows * RoundUp(length, kBlock)));
   }
   pool.parallel_for(kv_heads, [&](int64_t head, int thread) {

@@ -66,7 +66,8 @@ class CpuBackend : public Backend {
       int head_dim, const model::ActivationFormat& activations) const override {
     FQ_RETURN_IF_ERROR(check_head_dim(head_dim));
     if (!activations.quantized()) return kernels_.encoder_attention;
-    if (activations == model::ActivationFormat{.bits = 8}) return kernels_.integer_encoder_attention;
+    if (activations == model::ActivationFormat{.bits = 8})
+      return kernels_.integer_encoder_attention;
     return Error{Code::kUnsupported,
                  "backend '" + name() + "' has no encoder attention with " + activations.name() +
                      " queries and keys",

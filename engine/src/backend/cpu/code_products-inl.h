@@ -99,10 +99,10 @@ HWY_INLINE float WeightCodes(const float* p, const float* scales, const int32_t*
 
 // Scores of some rows with a page's tokens, over the dims of one group.
 struct CodeScores {
-  WordProducts products;             // words of the queries with those of K
-  const int32_t* sums = nullptr;     // of the queries' codes, a row's lie sums_row apart
+  WordProducts products;          // words of the queries with those of K
+  const int32_t* sums = nullptr;  // of the queries' codes, a row's lie sums_row apart
   int64_t sums_row = 0;
-  const float* scales = nullptr;     // of the tokens
+  const float* scales = nullptr;  // of the tokens
   const int32_t* zeros = nullptr;
   float* c = nullptr;
   int64_t c_stride = 0;
@@ -152,7 +152,7 @@ HWY_NOINLINE void CodeKernel(CodeScores& x) {
 
 // Weighted values of some rows over the tokens of a page, for some dims of one group.
 struct CodeValues {
-  WordProducts products;              // words of the weights with those of V
+  WordProducts products;               // words of the weights with those of V
   const int32_t* zero_sums = nullptr;  // of the rows
   const float* steps = nullptr;
   float* c = nullptr;
@@ -176,9 +176,8 @@ HWY_NOINLINE void CodeKernel(CodeValues& x) {
   const DF df;
   const DI di;
   VI acc[kRows * kVectors];
-  Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE {
-    acc[i] = hn::Set(di, -x.zero_sums[i / kVectors]);
-  });
+  Unrolled<kRows * kVectors>(
+      [&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Set(di, -x.zero_sums[i / kVectors]); });
   AddAsking<kRows, kVectors>(x.products, acc, x.ahead);
   Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
     const VF step = hn::Set(df, x.steps[r]);
@@ -202,8 +201,8 @@ template <class X, int kVectors>
 constexpr auto kCodeKernels =
     MakeCodeKernels<X, kVectors>(std::make_integer_sequence<int, kCodeRows<kVectors>>());
 
-// All rows and columns (a multiple of kLanes). Few rows take wide panels, so that enough sums are in
-// flight.
+// All rows and columns (a multiple of kLanes). Few rows take wide panels, so that enough sums are
+// in flight.
 template <class X>
 void CodeProducts(X& whole, int64_t rows, int64_t columns) {
   X x = whole;

@@ -1,5 +1,5 @@
-// Encoder attention with 8-bit queries and keys: ops/integer_attention.cc on a tile of query rows at
-// once. A vector holds the same thing of kLanes queries (scores of one token, one channel of the
+// Encoder attention with 8-bit queries and keys: ops/integer_attention.cc on a tile of query rows
+// at once. A vector holds the same thing of kLanes queries (scores of one token, one channel of the
 // output), so that the softmax needs no sum or maximum across lanes and no head dimension wastes
 // lanes; tokens and channels are broadcast. Called by the engine thread, runs on the pool.
 #include <algorithm>
@@ -29,7 +29,7 @@ namespace HWY_NAMESPACE {
 using Attention8 = ops::IntegerAttention;
 
 constexpr int kTileVectors = 2;
-constexpr int64_t kTileQueries = kTileVectors * kLanes;  // queries
+constexpr int64_t kTileQueries = kTileVectors * kLanes;
 constexpr int64_t kSpanPairs = Attention8::kValueSpan / 2;
 constexpr model::ActivationFormat kCodeFormat{.bits = 8, .symmetric = true};
 
@@ -37,7 +37,7 @@ constexpr model::ActivationFormat kCodeFormat{.bits = 8, .symmetric = true};
 struct Head {
   const ops::EncoderAttentionArgs& args;
   EncoderAttentionScratch& s;
-  int64_t base;    // of its first row in q, k, v and out
+  int64_t base;  // of its first row in q, k, v and out
   int64_t tokens, pairs, dims;
   int64_t stride;  // dims in whole vectors
   int64_t words;   // of the codes of a row
@@ -161,7 +161,8 @@ struct Head {
     }
   }
 
-  // --- A tile of queries ---------------------------------------------------------------------------
+  // --- A tile of queries
+  // ---------------------------------------------------------------------------
 
   // factors: what turns the difference of two scores of a row into the exponent of 2.
   void ReadQueries(int64_t row, int64_t rows, float* factors) const {
@@ -219,7 +220,8 @@ struct Head {
     });
     float* const scores = s.scores.data();
     if (tokens % 2 != 0)  // code 0
-      std::fill_n(scores + tokens * kTileQueries, kTileQueries, -std::numeric_limits<float>::infinity());
+      std::fill_n(scores + tokens * kTileQueries, kTileQueries,
+                  -std::numeric_limits<float>::infinity());
     for (int64_t p = 0; p < pairs; ++p) {
       const float* const from = scores + 2 * p * kTileQueries;
       Unrolled<kTileVectors>([&](auto v) FRAMEQUILT_INLINE {
@@ -265,7 +267,8 @@ struct Head {
       const VF inverse = hn::Add(hn::Div(hn::Set(df, 1.0f), total), odd);
       for (int64_t d = 0; d < dims; ++d) {
         float* const at = out + d * kTileQueries + v * kLanes;
-        const VF scaled = hn::Mul(hn::Load(df, at), hn::Set(df, s.v_scales[static_cast<size_t>(d)]));
+        const VF scaled =
+            hn::Mul(hn::Load(df, at), hn::Set(df, s.v_scales[static_cast<size_t>(d)]));
         hn::Store(hn::Mul(scaled, inverse), df, at);
       }
     });

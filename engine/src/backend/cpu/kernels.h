@@ -21,7 +21,7 @@ struct Kernels {
   ImportanceFn importance = nullptr;
   EncoderAttentionFn encoder_attention = nullptr;
   EncoderAttentionFn integer_encoder_attention = nullptr;  // 8-bit queries and keys
-  std::array<ActivationFn, 4> activation = {};  // by model::Activation
+  std::array<ActivationFn, 4> activation = {};             // by model::Activation
   SimilarityFn similarity = nullptr;
 };
 

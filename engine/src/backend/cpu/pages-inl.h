@@ -1,7 +1,7 @@
-// Reading one head of a KV page. Floats become panels of float32 for Gemm: K as [head_dim][64], V as
-// [tokens][stride]. Codes become words of two consecutive rows of the page's matrix (two dims of K,
-// two tokens of V) for PairDot, as they are: zeros are subtracted from the sums. Included once per
-// SIMD target.
+// Reading one head of a KV page. Floats become panels of float32 for Gemm: K as [head_dim][64], V
+// as [tokens][stride]. Codes become words of two consecutive rows of the page's matrix (two dims of
+// K, two tokens of V) for PairDot, as they are: zeros are subtracted from the sums. Included once
+// per SIMD target.
 #if defined(FRAMEQUILT_CPU_PAGES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FRAMEQUILT_CPU_PAGES_INL_H_
 #undef FRAMEQUILT_CPU_PAGES_INL_H_

@@ -44,8 +44,8 @@ HWY_INLINE VI PairDot(VI sum, VU pairs, VU word) {
 #else
   const DI di;
   const VI a = hn::BitCast(di, pairs), b = hn::BitCast(di, word);
-  const VI low = hn::Mul(hn::ShiftRight<16>(hn::ShiftLeft<16>(a)),
-                         hn::ShiftRight<16>(hn::ShiftLeft<16>(b)));
+  const VI low =
+      hn::Mul(hn::ShiftRight<16>(hn::ShiftLeft<16>(a)), hn::ShiftRight<16>(hn::ShiftLeft<16>(b)));
   return hn::Add(sum, hn::Add(low, hn::Mul(hn::ShiftRight<16>(a), hn::ShiftRight<16>(b))));
 #endif
 }
@@ -107,8 +107,7 @@ template <int kRows, int kVectors, class Before>
 HWY_INLINE void AddPairProducts(const WordProducts& p, VI (&acc)[kRows * kVectors],
                                 const Before& before) {
   AddProducts<kRows, kVectors>(
-      p, acc,
-      [](VI sum, VU pairs, VU word) FRAMEQUILT_INLINE { return PairDot(sum, pairs, word); },
+      p, acc, [](VI sum, VU pairs, VU word) FRAMEQUILT_INLINE { return PairDot(sum, pairs, word); },
       before);
 }
 

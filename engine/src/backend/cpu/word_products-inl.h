@@ -1,6 +1,6 @@
 // The inner products of encoder attention with 8-bit queries and keys. A word of queries and keys
-// holds 4 codes where the target has the 4-way dot product, else 2 of 16 bits; values always come as
-// pairs of 16 bits. All sums are exact. Included once per SIMD target.
+// holds 4 codes where the target has the 4-way dot product, else 2 of 16 bits; values always come
+// as pairs of 16 bits. All sums are exact. Included once per SIMD target.
 #if defined(FRAMEQUILT_CPU_WORD_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FRAMEQUILT_CPU_WORD_PRODUCTS_INL_H_
 #undef FRAMEQUILT_CPU_WORD_PRODUCTS_INL_H_
@@ -26,9 +26,7 @@ constexpr int kWordRows = kMicroRows;  // broadcast rows of a micro kernel, besi
 
 #if FRAMEQUILT_DIRECT_DOT
 constexpr int kWordCodes = 4;
-HWY_INLINE VI WordDot(VI sum, VU vector, VU broadcast) {
-  return DirectDot(sum, vector, broadcast);
-}
+HWY_INLINE VI WordDot(VI sum, VU vector, VU broadcast) { return DirectDot(sum, vector, broadcast); }
 HWY_INLINE VU WordVector(VU words) { return words; }
 // The vector operand is unsigned: its codes are 128 larger, and a sum starts that much lower.
 HWY_INLINE int32_t WordStart(int32_t sum_of_codes) { return -128 * sum_of_codes; }
