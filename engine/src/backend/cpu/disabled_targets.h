@@ -8,8 +8,8 @@
 #define HWY_WANT_AVX3_DL 1
 #endif
 
-// The files of AVX2's extensions are compiled for that target only. And sanitizers multiply the time
-// that kernels take to compile: one target then stands for all of them, the templates are the same.
+// AVX2 alone: for the files of its extensions, and for sanitizers, which multiply the time that
+// kernels take to compile (one target then stands for all of them, the templates are the same).
 #if defined(FRAMEQUILT_AVX2_DOT)
 #define FRAMEQUILT_ONE_TARGET 1
 #elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)

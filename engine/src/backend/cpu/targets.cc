@@ -22,9 +22,9 @@ namespace fq::backend::cpu {
 namespace {
 
 #if FRAMEQUILT_AVX2_VNNI
-// The dot product of 256 bits in either encoding. Highway has asked the operating system about the
-// registers of the targets that it supports.
-void (*avx2_vnni())(Kernels& kernels) {
+// The kernels with the dot product of 256 bits in the encoding that this processor has, or null.
+// Highway has asked the operating system about the registers of the targets that it supports.
+auto avx2_vnni() -> void (*)(Kernels&) {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return nullptr;
   const unsigned last_leaf = eax;
