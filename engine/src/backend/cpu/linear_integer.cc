@@ -102,18 +102,15 @@ HWY_NOINLINE void IntegerStreamUnits(const ops::LinearArgs& args, const Inputs& 
           }
           VU words[kHalfWords];
           LoadCodes<kBits>(superblock, half, tile_stride, unit_of(u), words);
-          const int8_t* codes[kRows];
-          Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-            codes[r] = x[r] + i;
-            // 16 registers do not keep the inputs of several rows from one unit to the next: the
-            // compiler would, in memory (13 % slower than reading them again).
-            if constexpr (!kManyRegisters && kRows > 1 && u > 0) __asm__("" : "+r"(codes[r]));
-          });
+          // 16 registers do not keep the inputs of several rows from one unit to the next: the
+          // compiler would, in memory (13 % slower than reading them again).
+          if constexpr (!kManyRegisters && kRows > 1 && u > 0)
+            Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE { __asm__("" : "+r"(x[r])); });
           Unrolled<kHalfWords>([&](auto j) FRAMEQUILT_INLINE {
             VU planes[kPlanes];
             CutPlanes<kBits>(words[j], planes);
             Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-              dots[r * kUnits + u].Add(planes, FourInputs(codes[r] + 4 * j));
+              dots[r * kUnits + u].Add(planes, FourInputs(x[r] + i + 4 * j));
             });
           });
         });
