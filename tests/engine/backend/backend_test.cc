@@ -42,6 +42,19 @@ TEST(CpuBackend, TargetsLiveSideBySide) {
   }
 }
 
+#if FRAMEQUILT_AVX2_VNNI
+// Here only where the compiler can name the extensions; machines with AVX-VNNI alone have no check.
+TEST(CpuBackend, Avx2WithDotProductsComesBeforeAvx2) {
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("avx512vl") ||
+      !__builtin_cpu_supports("avx512vnni"))
+    GTEST_SKIP() << "needs AVX-512 with VNNI";
+  const std::vector<std::string> targets = cpu_targets();
+  const auto at = std::find(targets.begin(), targets.end(), "avx2_vnni");
+  ASSERT_NE(at, targets.end());
+  EXPECT_EQ(*(at + 1), "avx2");
+}
+#endif
+
 TEST(CpuBackend, UnsupportedFormatsAreRefusedByName) {
   const auto backend = backend_of("");
   model::WeightFormat odd{.kind = model::WeightFormat::Kind::kAffine, .bits = 7};

@@ -8,9 +8,11 @@
 #define HWY_WANT_AVX3_DL 1
 #endif
 
-// Sanitizers multiply the time that kernels take to compile: one target then stands for all of
-// them, the templates are the same.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+// AVX2 alone: for the files of its extensions, and for sanitizers, which multiply the time that
+// kernels take to compile (one target then stands for all of them, the templates are the same).
+#if defined(FRAMEQUILT_AVX2_DOT)
+#define FRAMEQUILT_ONE_TARGET 1
+#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define FRAMEQUILT_ONE_TARGET 1
 #elif defined(__has_feature)
 #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)

@@ -8,8 +8,10 @@
 // instruction are cut into two planes of 4 bits: above 4 bits for pairs, so that none can overflow,
 // and above 7 where the instruction takes signed bytes only.
 //
-// Highway has one target for all NEON processors. A file that defines FRAMEQUILT_NEON_DOT before it
-// includes this is for those with an extension: 1 for SDOT (signed bytes), 2 for USDOT.
+// Highway has one target for all NEON processors, and none for AVX2 with a dot product. A file that
+// defines one of these before it includes this is for processors with an extension:
+// FRAMEQUILT_NEON_DOT: 1 for SDOT (signed bytes), 2 for USDOT;
+// FRAMEQUILT_AVX2_DOT: 1 for AVX-VNNI, 2 for the same instruction as AVX-512 encodes it.
 #if defined(FRAMEQUILT_CPU_INTEGER_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FRAMEQUILT_CPU_INTEGER_INL_H_
 #undef FRAMEQUILT_CPU_INTEGER_INL_H_
@@ -25,6 +27,10 @@
 #define FRAMEQUILT_DOT_NAMESPACE neon_i8mm
 #elif FRAMEQUILT_NEON_DOT == 1
 #define FRAMEQUILT_DOT_NAMESPACE neon_dot
+#elif FRAMEQUILT_AVX2_DOT == 2
+#define FRAMEQUILT_DOT_NAMESPACE avx512_vnni
+#elif FRAMEQUILT_AVX2_DOT == 1
+#define FRAMEQUILT_DOT_NAMESPACE avx_vnni
 #else
 #define FRAMEQUILT_DOT_NAMESPACE any_processor
 #endif
@@ -44,7 +50,8 @@ namespace HWY_NAMESPACE {
 #define FRAMEQUILT_HAVE_DOT 1
 
 #undef FRAMEQUILT_DIRECT_DOT
-#if HWY_TARGET == HWY_AVX3_DL || FRAMEQUILT_NEON_DOT
+#if HWY_TARGET == HWY_AVX3_DL || FRAMEQUILT_NEON_DOT || \
+    (FRAMEQUILT_AVX2_DOT && HWY_TARGET == HWY_AVX2)
 #define FRAMEQUILT_DIRECT_DOT 1
 #else
 #define FRAMEQUILT_DIRECT_DOT 0
@@ -56,9 +63,14 @@ inline namespace FRAMEQUILT_DOT_NAMESPACE {
 #if FRAMEQUILT_DIRECT_DOT
 
 // In assembly, because the targets that Highway enables do not name these instructions. On Arm the
-// assembler has to be told; the compiler goes on without them.
+// assembler has to be told; the compiler goes on without them. With AVX2 the registers are the 16
+// that both encodings reach, and the assembler would take AVX-512's if it were not told.
 HWY_INLINE VI DirectDot(VI sum, VU codes, VU inputs) {
-#if HWY_ARCH_X86
+#if FRAMEQUILT_AVX2_DOT == 2
+  __asm__("%{evex%} vpdpbusd %2, %1, %0" : "+x"(sum.raw) : "x"(codes.raw), "x"(inputs.raw));
+#elif FRAMEQUILT_AVX2_DOT == 1
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.raw) : "x"(codes.raw), "x"(inputs.raw));
+#elif HWY_ARCH_X86
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(codes.raw), "v"(inputs.raw));
 #elif FRAMEQUILT_NEON_DOT == 2
   __asm__(".arch armv8.2-a+crypto+i8mm\n\tusdot %0.4s, %1.16b, %2.16b"

@@ -35,6 +35,8 @@ void fill_planes_linear_kernels(Kernels& kernels);
 void fill_integer_linear_kernels(Kernels& kernels);
 void fill_neon_dot_linear_kernels(Kernels& kernels);  // 64-bit Arm only, both
 void fill_neon_i8mm_linear_kernels(Kernels& kernels);
+void fill_avx_vnni_linear_kernels(Kernels& kernels);  // where FRAMEQUILT_AVX2_VNNI, both
+void fill_avx512_vnni_linear_kernels(Kernels& kernels);
 void fill_row_kernels(Kernels& kernels);  // norms, rope, activations, similarity
 void fill_kv_append_kernels(Kernels& kernels);
 void fill_attention_kernels(Kernels& kernels);  // attention, importance

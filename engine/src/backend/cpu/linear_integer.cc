@@ -2,8 +2,8 @@
 // each group's sum is scaled in float32 (ops/ops.h gives the order). Two regimes as in the float32
 // linears: few rows stream the packed weights once; many rows unpack panels of columns to bytes in
 // cache and multiply them in register blocks. Scratch is per thread and kept. Called by the engine
-// thread, runs on the pool. Included as a whole by the files of NEON's extensions
-// (integer-inl.h).
+// thread, runs on the pool. Included as a whole by the files of the extensions of
+// NEON and AVX2 (integer-inl.h).
 #define FRAMEQUILT_WANT_VNNI 1
 #include <algorithm>
 #include <array>
@@ -102,6 +102,10 @@ HWY_NOINLINE void IntegerStreamUnits(const ops::LinearArgs& args, const Inputs& 
           }
           VU words[kHalfWords];
           LoadCodes<kBits>(superblock, half, tile_stride, unit_of(u), words);
+          // 16 registers do not keep the inputs of several rows from one unit to the next: the
+          // compiler would, in memory (13 % slower than reading them again).
+          if constexpr (!kManyRegisters && kRows > 1 && u > 0)
+            Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE { __asm__("" : "+r"(x[r])); });
           Unrolled<kHalfWords>([&](auto j) FRAMEQUILT_INLINE {
             VU planes[kPlanes];
             CutPlanes<kBits>(words[j], planes);
@@ -130,11 +134,14 @@ HWY_NOINLINE void IntegerStreamUnits(const ops::LinearArgs& args, const Inputs& 
   });
 }
 
+// A sum that a dot product instruction adds to takes one register instead of two.
+constexpr bool kManySums = kManyRegisters || FRAMEQUILT_DIRECT_DOT;
+
 // As many units as keep enough sums in flight and fit the registers.
 template <int kBits, int kRows>
 void IntegerStreamRows(const ops::LinearArgs& args, const Inputs& inputs, int64_t row, int64_t rows,
                        int64_t unit, int64_t count) {
-  constexpr int kUnits = kRows == 1 ? 4 : kRows == 4 && kManyRegisters ? 2 : 1;
+  constexpr int kUnits = kRows == 1 ? 4 : kRows == 4 && kManySums ? 2 : 1;
   for (int64_t u = 0; u < count; u += kUnits) {
     IntegerStreamUnits<kBits, kRows, kUnits>(args, inputs, row, rows, unit + u,
                                              std::min<int64_t>(kUnits, count - u));
@@ -146,7 +153,7 @@ constexpr int64_t kIntegerStreamRows = 8;
 // Rows go in blocks; those after the first find the step's weights in cache.
 template <int kBits>
 void IntegerStream(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool& pool) {
-  constexpr int kMost = kManyRegisters ? 8 : 4;
+  constexpr int kMost = kManySums ? 8 : 4;
   const auto run = args.rows == 1   ? &IntegerStreamRows<kBits, 1>
                    : args.rows <= 4 ? &IntegerStreamRows<kBits, 4>
                                     : &IntegerStreamRows<kBits, kMost>;
@@ -166,8 +173,9 @@ constexpr int64_t kIntegerSumStride = kIntegerGroupColumns + kLanes;
 constexpr int64_t kIntegerInputs = quant::kIntegerSpan;  // inputs of a panel: whole spans
 constexpr int64_t kIntegerSteps = kIntegerInputs / 4;
 constexpr int64_t kIntegerRowBlock = kManyRegisters ? 512 : 256;  // rows of one item of work
-// With 16 registers a fourth row would send a sum through memory in every step.
-constexpr int kIntegerMicroRows = kManyRegisters ? 12 : 3;
+// 16 registers hold the sums of 6 rows beside the operands; where products need registers of their
+// own, a fourth row would send a sum through memory in every step.
+constexpr int kIntegerMicroRows = kManyRegisters ? 12 : FRAMEQUILT_DIRECT_DOT ? 6 : 3;
 
 struct IntegerScratch {
   AlignedBuffer<uint32_t> panel;  // [steps, planes, vectors, lanes]
@@ -315,7 +323,12 @@ HWY_NOINLINE void IntegerMicro(const IntegerBlock& b) {
 
 using IntegerMicroFn = void (*)(const IntegerBlock&);
 // Kernels for kLeast.. rows: even cuts of more rows than are streamed are never smaller.
-constexpr int kIntegerLeastRows = kManyRegisters ? 6 : 2;
+constexpr int kIntegerLeastRows = [] {
+  int64_t least = kIntegerMicroRows;
+  for (int64_t rows = kIntegerStreamRows + 1; rows <= kIntegerRowBlock; ++rows)
+    least = std::min(least, rows / ((rows + kIntegerMicroRows - 1) / kIntegerMicroRows));
+  return static_cast<int>(least);
+}();
 template <int kPlanes, int... kI>
 constexpr std::array<IntegerMicroFn, sizeof...(kI)> MakeIntegerMicros(
     std::integer_sequence<int, kI...>) {
@@ -488,6 +501,10 @@ HWY_EXPORT(IntegerW2);
 void fill_neon_i8mm_linear_kernels(Kernels& kernels) {
 #elif FRAMEQUILT_NEON_DOT == 1
 void fill_neon_dot_linear_kernels(Kernels& kernels) {
+#elif FRAMEQUILT_AVX2_DOT == 2
+void fill_avx512_vnni_linear_kernels(Kernels& kernels) {
+#elif FRAMEQUILT_AVX2_DOT == 1
+void fill_avx_vnni_linear_kernels(Kernels& kernels) {
 #else
 void fill_integer_linear_kernels(Kernels& kernels) {
 #endif

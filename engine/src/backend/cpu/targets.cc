@@ -4,6 +4,7 @@
 
 #include <cctype>
 #include <mutex>
+#include <utility>
 
 #define FRAMEQUILT_WANT_VNNI 1
 #include "src/backend/cpu/disabled_targets.h"
@@ -13,15 +14,42 @@
 #if HWY_ARCH_ARM_A64 && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif FRAMEQUILT_AVX2_VNNI
+#include <cpuid.h>
 #endif
 
 namespace fq::backend::cpu {
 namespace {
 
-// Best first: the extensions of the machine that add targets to Highway's NEON target `bit`.
-std::vector<Target> extended_targets([[maybe_unused]] int64_t bit) {
+#if FRAMEQUILT_AVX2_VNNI
+// The kernels with the dot product of 256 bits in the encoding that this processor has, or null.
+// Highway has asked the operating system about the registers of the targets that it supports.
+auto avx2_vnni() -> void (*)(Kernels&) {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return nullptr;
+  const unsigned last_leaf = eax;
+  const bool avx512_vnni = (ecx >> 11 & 1) != 0;
+  if (last_leaf >= 1) {
+    __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
+    if ((eax >> 4 & 1) != 0) return &fill_avx_vnni_linear_kernels;
+  }
+  // Highway's AVX3 includes AVX-512's vectors of 256 bits.
+  if (avx512_vnni && (hwy::SupportedTargets() & HWY_AVX3) != 0)
+    return &fill_avx512_vnni_linear_kernels;
+  return nullptr;
+}
+#endif
+
+// Best first: the extensions of the machine that add targets to Highway's target `bit`. `best`:
+// Highway has no better one here.
+std::vector<Target> extended_targets([[maybe_unused]] int64_t bit, [[maybe_unused]] bool best) {
   std::vector<Target> targets;
-#if HWY_ARCH_ARM_A64 && defined(__linux__)
+#if FRAMEQUILT_AVX2_VNNI
+  if (bit == HWY_AVX2) {
+    if (const auto fill = avx2_vnni(); fill != nullptr) targets.push_back({"avx2_vnni", bit, fill});
+  }
+#elif HWY_ARCH_ARM_A64 && defined(__linux__)
+  if (!best) return targets;
   const bool dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
   const bool i8mm = (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
   if (i8mm) targets.push_back({"neon_i8mm", bit, &fill_neon_i8mm_linear_kernels});
@@ -38,7 +66,8 @@ std::vector<Target> simd_targets() {
   for (int64_t left = hwy::SupportedTargets() & HWY_TARGETS; left != 0; left &= left - 1) {
     const int64_t bit = left & -left;
     if (bit == HWY_SCALAR || bit == HWY_EMU128) continue;
-    if (targets.empty()) targets = extended_targets(bit);
+    for (Target& extended : extended_targets(bit, targets.empty()))
+      targets.push_back(std::move(extended));
     Target target{hwy::TargetName(bit), bit};
     for (char& c : target.name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     targets.push_back(target);
