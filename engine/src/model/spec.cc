@@ -255,13 +255,22 @@ WeightFormat read_format(ObjectReader reader) {
 
 ActivationFormat read_activations(ObjectReader reader, const WeightFormat& weights) {
   ActivationFormat format;
+  if (reader.has("kind")) {
+    format.bf16 = reader.choice<bool>("kind", {{"bf16", true}});
+    if (!format.fits(weights)) {
+      reader.errors().add(reader.path_of("kind"),
+                          "inputs are rounded for bf16 and affine weights only");
+    }
+    reader.finish();
+    return format;
+  }
   format.bits = read_int(reader, "bits", 4, 8);
   format.symmetric = reader.boolean("symmetric");
   if (format.bits != 4 && format.bits != 6 && format.bits != 8) {
     reader.errors().add(reader.path_of("bits"),
                         "expected 4, 6 or 8, got " + std::to_string(format.bits));
   }
-  if (weights.kind != WeightFormat::Kind::kAffine) {
+  if (!format.fits(weights)) {
     reader.errors().add(reader.path_of("bits"),
                         "activations are quantized for affine weights only");
   }
@@ -448,11 +457,18 @@ bool is_affine_group(int group) {
   return group == 0 || group == 16 || group == 32 || group == 64 || group == 128;
 }
 
+bool ActivationFormat::fits(const WeightFormat& weights) const {
+  if (quantized()) return weights.kind == WeightFormat::Kind::kAffine;
+  return !bf16 || weights.kind != WeightFormat::Kind::kF32;
+}
+
 std::string ActivationFormat::name() const {
+  if (bf16) return "abf16";
   return "a" + std::to_string(bits) + (quantized() && !symmetric ? "-asym" : "");
 }
 
 std::optional<ActivationFormat> parse_activation_format(std::string_view name) {
+  if (name == "abf16") return ActivationFormat{.bf16 = true};
   for (const int bits : {16, 8, 6, 4}) {
     for (const bool symmetric : {true, false}) {
       const ActivationFormat format{bits, symmetric};
@@ -480,7 +496,7 @@ ActivationFormat ActivationChoice::of(std::string_view slot, const WeightFormat&
                                       bool tied) const {
   if (slot == (tied ? "decoder.embedding" : "decoder.head")) return head;
   const bool lookup = slot == "decoder.embedding";
-  return lookup || weights.kind != WeightFormat::Kind::kAffine ? ActivationFormat{} : linears;
+  return lookup || !linears.fits(weights) ? ActivationFormat{} : linears;
 }
 
 }  // namespace fq::model

@@ -18,7 +18,8 @@
 namespace fq::backend::cpu {
 namespace {
 
-// Best first: the extensions of the machine that add targets to Highway's NEON target `bit`.
+// Best first: the extensions of the machine that add targets to `bit`, its best one in Highway:
+// NEON, or AVX-512 with integer dot products.
 std::vector<Target> extended_targets([[maybe_unused]] int64_t bit) {
   std::vector<Target> targets;
 #if HWY_ARCH_ARM_A64 && defined(__linux__)
@@ -26,6 +27,9 @@ std::vector<Target> extended_targets([[maybe_unused]] int64_t bit) {
   const bool i8mm = (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
   if (i8mm) targets.push_back({"neon_i8mm", bit, &fill_neon_i8mm_linear_kernels});
   if (dot) targets.push_back({"neon_dot", bit, &fill_neon_dot_linear_kernels});
+#elif HWY_ARCH_X86
+  if (bit == HWY_AVX3_DL && __builtin_cpu_supports("avx512bf16"))
+    targets.push_back({"avx3_bf16", bit, &fill_bf16dot_linear_kernels});
 #endif
   return targets;
 }
@@ -54,11 +58,8 @@ Kernels simd_kernels(const Target& target) {
   Kernels kernels;
   fill_linear_kernels(kernels);
   fill_planes_linear_kernels(kernels);
-  if (target.fill_extension != nullptr) {
-    target.fill_extension(kernels);
-  } else {
-    fill_integer_linear_kernels(kernels);
-  }
+  fill_integer_linear_kernels(kernels);
+  if (target.fill_extension != nullptr) target.fill_extension(kernels);
   fill_row_kernels(kernels);
   fill_kv_append_kernels(kernels);
   fill_attention_kernels(kernels);
