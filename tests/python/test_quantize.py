@@ -447,13 +447,31 @@ def test_names_of_formats() -> None:
     assert WeightFormat.from_json({**entry, "offset": False}, "here") == parse_format("w4")
 
 
+def test_inputs_that_weights_take() -> None:
+    rounded, codes = parse_activations("abf16"), parse_activations("a8")
+    assert rounded is not None and codes is not None
+    for name, both in (("f32", (False, False)), ("bf16", (True, False)), ("w4", (True, True))):
+        assert (rounded.fits(parse_format(name)), codes.fits(parse_format(name))) == both
+
+
 def test_names_of_activations() -> None:
     for name, form in ACTIVATIONS.items():
         assert parse_activations(name) == form
         if form is not None:
             assert form.name == name and ActivationFormat.from_json(form.to_json(), "x") == form
-    with pytest.raises(InvalidArgument, match="a8-asym"):
+    with pytest.raises(InvalidArgument, match="a16, abf16, a8.*a8-asym"):
         parse_activations("a5")
-    for wrong in (None, {"bits": 8}, {"bits": 5, "symmetric": True}, {"bits": 8, "symmetric": 1}):
+    with pytest.raises(InvalidArgument, match="abf16 has no codes"):
+        quantize_activations(np.ones((1, 4), np.float32), ACTIVATIONS["abf16"])
+    assert ActivationFormat.from_json({"kind": "bf16"}, "x").name == "abf16"
+    for wrong in (
+        None,
+        {"bits": 8},
+        {"bits": 5, "symmetric": True},
+        {"bits": 8, "symmetric": 1},
+        {"bits": 16, "symmetric": True},
+        {"kind": "f16"},
+        {"kind": "bf16", "bits": 16},
+    ):
         with pytest.raises(CorruptModel, match="here"):
             ActivationFormat.from_json(wrong, "here")
