@@ -93,7 +93,7 @@ def test_activation_codes_equal_the_reference(bits: int) -> None:
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    form=st.sampled_from([form for form in ACTIVATIONS.values() if form is not None]),
+    form=st.sampled_from([form for form in ACTIVATIONS.values() if form and not form.bf16]),
     shift=st.sampled_from([-40.0, -1.0, 0.0, 1.0, 40.0]),
 )
 def test_activations_follow_the_contract(seed: int, form: ActivationFormat, shift: float) -> None:

@@ -138,9 +138,9 @@ def test_activations_are_for_all_linears_but_the_head_unless_asked_for() -> None
 
 
 def test_inputs_are_rounded_by_the_same_rule() -> None:
-    found = activations("abf16,layers.3.*=a8")
+    found = activations("abf16,layers.4.*=a8")
     assert set(found) == set(SLOTS) - {"decoder.head", "decoder.embedding"}
-    assert found["decoder.layers.3.mlp.up"] == "a8" and found["vision.patch_embedding"] == "abf16"
+    assert found["decoder.layers.4.mlp.down"] == "a8" and found["vision.patch_embedding"] == "abf16"
     assert activations("a8,head=abf16")["decoder.head"] == "abf16"
 
 

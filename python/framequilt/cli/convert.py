@@ -54,8 +54,8 @@ def command(
         str | None,
         typer.Option(
             "--activations",
-            help="What inputs of linears become, in the same grammar: a16 (float32), abf16 (rounded "
-            "to bfloat16), or quantized: a8, a6, a4, a8-asym, a6-asym, a4-asym. "
+            help="What inputs of linears become, in the same grammar: a16 (float32), abf16 "
+            "(rounded to bfloat16), or quantized: a8, a6, a4, a8-asym, a6-asym, a4-asym. "
             "\\[default: a16, or what the checkpoint says]",
         ),
     ] = None,

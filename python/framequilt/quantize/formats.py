@@ -196,7 +196,7 @@ def parse_format(text: str) -> WeightFormat:
 
 @dataclass(frozen=True)
 class ActivationFormat:
-    """What a linear's input rows become before the product: codes, each row on its own, or bfloat16.
+    """What a linear's input rows become before the product: codes, row by row, or bfloat16.
 
     `bits` and `symmetric` are those of codes; with `bf16` there are none, and bits is 16.
     """
