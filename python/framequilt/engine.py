@@ -153,13 +153,15 @@ class Engine:
         model: a model directory made by `framequilt convert`.
         kv: format of the KV cache, such as "kv16", "kv8", "k8v4" or "kv4g32+ends16"
             (`framequilt.kv_format`); None is the model's default.
-        activations: how the inputs of linears are quantized: "a16" (not at all), "a8", "a6" or
-            "a4", per token, "-asym" behind them for an asymmetric range; None is what the model
-            says. As in a conversion it holds for every linear with quantized weights but the head,
-            which has to be named: "a8,head=a8". So does the vision tower's attention, whose queries
-            and keys can have 8 bits: "a8,attention=a8" (engine/CONTRACT.md, 1.5).
-        numerics: how quantized inputs are multiplied: "int" (integer products), or "exact" (float32
-            products of the numbers that the codes stand for; slow, to compare with).
+        activations: the inputs of linears: "a16" (float32), "abf16" (rounded to bfloat16: faster
+            where the processor multiplies such numbers), or quantized per token: "a8", "a6" or
+            "a4", "-asym" behind them for an asymmetric range; None is what the model says. As in a
+            conversion it holds for every linear with quantized weights ("abf16": or bf16 ones) but
+            the head, which has to be named: "a8,head=a8". So does the vision tower's attention,
+            whose queries and keys can have 8 bits: "a8,attention=a8" (engine/CONTRACT.md, 1.5).
+        numerics: how quantized or rounded inputs are multiplied: "int" (integer or bfloat16
+            products), or "exact" (float32 products of the numbers that they stand for; slow, to
+            compare with).
         memory: bytes for KV pages and workspace, as 2**30, "1GiB" or "512MB". Weights are mapped
             and not counted.
         threads: compute threads; 0 is one per physical core.

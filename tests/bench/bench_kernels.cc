@@ -87,7 +87,7 @@ void bench_linear(const backend::Backend& backend, ThreadPool& pool, const Optio
                   const model::WeightFormat& format, const model::ActivationFormat& activations,
                   int out, int in, int64_t rows) {
   const std::string name =
-      "linear " + format.name() + " " + (activations.quantized() ? activations.name() + " " : "") +
+      "linear " + format.name() + " " + (activations.float32() ? "" : activations.name() + " ") +
       std::to_string(out) + "x" + std::to_string(in) + " rows " + std::to_string(rows);
   if (name.find(options.filter) == std::string::npos) return;
   const auto weights = random_values(static_cast<size_t>(out) * static_cast<size_t>(in));
@@ -259,8 +259,10 @@ int run(const Options& options) {
   for (const int bits : {4, 8, 2, 3, 5, 6}) {
     const model::WeightFormat format{.kind = Kind::kAffine, .bits = bits, .group = 128};
     formats.push_back({format, {.bits = 8}});
+    formats.push_back({format, {.bf16 = true}});
     formats.push_back({format, {}});
   }
+  formats.push_back({{.kind = Kind::kBF16}, {.bf16 = true}});
   formats.push_back({{.kind = Kind::kBF16}, {}});
   formats.push_back({{.kind = Kind::kF32}, {}});
   for (const auto& [format, activations] : formats) {

@@ -212,13 +212,15 @@ def tower(p: Programs) -> Bench:
         [
             Target("float, against the best float32", ("f32",), ("onnxruntime f32", "torch f32"),
                    1.15),
+            Target("bfloat16 products, against the best float32 and bfloat16", ("bf16 abf16",),
+                   ("onnxruntime f32", "torch f32", "torch bf16"), 1.15),
             Target("W8A8, against the best int8", ("w8g128 a8",), ("onnxruntime int8",), 1.15),
             Target("W4A8, against the best int8", ("w4g128 a8",), ("onnxruntime int8",), 1.7),
         ],
         higher_is_better=False,
     )  # fmt: skip
-    for weights, activations in (("f32", "a16"), ("w8g128", "a8"), ("w4g128", "a8"),
-                                 ("w4g128", "a16")):  # fmt: skip
+    for weights, activations in (("f32", "a16"), ("bf16", "abf16"), ("w8g128", "a8"),
+                                 ("w4g128", "a8"), ("w4g128", "a16")):  # fmt: skip
         options = {"frames": 2, "prompt": 8, "tokens": 2, "activations": activations}
         options |= {"less": {"frames": 1}, "work": 1, "rate": False}
         label = f"{weights} {activations}"

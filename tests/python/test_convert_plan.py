@@ -200,6 +200,21 @@ def test_activations_asked_for_where_there_are_no_codes_are_refused(
     assert {entry.activations for entry in report.linears} == {"a16"}
 
 
+def test_rounded_inputs_are_for_all_but_float32_weights(llama: Path, tmp_path: Path) -> None:
+    mixed = "bf16,layers.0.*=w4,layers.1.*=f32"
+    report = convert(llama, tmp_path / "m", weights=mixed, activations="abf16")
+    directory = ModelDirectory(tmp_path / "m", verify=True)
+    for entry in report.linears:
+        inputs = "a16" if entry.format == "f32" or "layers" not in entry.slot else "abf16"
+        assert entry.activations == inputs, entry.slot
+        stored = directory.config["linears"][entry.slot].get("activations")
+        assert stored == (None if inputs == "a16" else {"kind": "bf16"})
+    assert not any(name.endswith(".row_sums") for name in directory.tensors)
+    with pytest.raises(InvalidArgument, match="f32 weights, which take no abf16 inputs") as refused:
+        convert(llama, tmp_path / "n", weights=mixed, activations="layers.1.*=abf16")
+    assert "bf16 weights" in str(refused.value.hint)
+
+
 def test_widths_that_a_group_does_not_divide_are_reported(llama: Path, tmp_path: Path) -> None:
     report = convert(llama, tmp_path / "model", weights="w4g32", dry_run=True)
     assert any("112 inputs" in note and "16 wide" in note for note in report.notes)

@@ -17,7 +17,13 @@ pytest.importorskip("transformers")
 from oracles import tiny
 
 from framequilt.errors import CorruptModel, InvalidArgument
-from framequilt.quantize import dequantize, parse_activations, quantize_activations
+from framequilt.quantize import (
+    dequantize,
+    from_bf16,
+    parse_activations,
+    quantize_activations,
+    to_bf16,
+)
 from framequilt.quantize.calibration import visual
 from framequilt.quantize.calibration.blocks import Linears, fake_quantize_rows, halves
 from framequilt.quantize.calibration.checkpoint import Checkpoint
@@ -123,6 +129,18 @@ def test_quantized_inputs_equal_the_engines(name: str) -> None:
     x[0], x[1], x[2], x[3, 5] = 0, np.abs(x[1]), -np.abs(x[2]), 120
     ours = fake_quantize_rows(torch.from_numpy(x), form).numpy()
     assert np.array_equal(ours, dequantize(quantize_activations(x, form)))
+
+
+def test_inputs_in_bfloat16_are_rounded_as_converted_weights_are() -> None:
+    form = parse_activations("abf16")
+    assert form is not None
+    x = np.random.default_rng(0).standard_normal((64, 96), np.float32)
+    x[0, :4] = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0xBF818000], np.uint32).view(
+        np.float32
+    )
+    ours = fake_quantize_rows(torch.from_numpy(x), form)
+    assert ours.dtype == torch.float32 and np.array_equal(ours.numpy(), from_bf16(to_bf16(x)))
+    assert ours[0, :4].tolist() == [1, 1 + 2**-6, 1 + 2**-7, -1 - 2**-6]  # ties to even
 
 
 def test_linears_sharing_their_input_quantize_it_as_if_alone() -> None:

@@ -137,6 +137,13 @@ def test_activations_are_for_all_linears_but_the_head_unless_asked_for() -> None
     }
 
 
+def test_inputs_are_rounded_by_the_same_rule() -> None:
+    found = activations("abf16,layers.4.*=a8")
+    assert set(found) == set(SLOTS) - {"decoder.head", "decoder.embedding"}
+    assert found["decoder.layers.4.mlp.down"] == "a8" and found["vision.patch_embedding"] == "abf16"
+    assert activations("a8,head=abf16")["decoder.head"] == "abf16"
+
+
 def test_the_embedding_lookup_is_never_quantized() -> None:
     """As a head of its own right it has to be named: `*` is not enough."""
     assert "decoder.embedding" not in activations("a8,*=a8")

@@ -17,13 +17,14 @@ namespace fq {
 struct EngineOptions {
   // "kv16", "kv8", "k8v4", "kv4g32+ends16", ... (CONTRACT, section 2); "": the model's default.
   std::string kv = "";
-  // How inputs of linears are quantized: "a16" (not at all), "a8", "a4", "a8-asym", ...; "": as the
-  // model says. Holds for every linear with affine weights but the head, whose inputs stay float32
-  // unless it is named: "a8,head=a8". The attention of a vision tower has to be named likewise:
-  // "a8,attention=a8" is with queries and keys in 8 bits, the only ones that it takes.
+  // Inputs of linears: "a16" (float32), "abf16" (rounded to bfloat16), or quantized: "a8", "a4",
+  // "a8-asym", ...; "": as the model says. Holds for every linear with affine weights (abf16: or
+  // bf16 ones) but the head, whose inputs stay float32 unless it is named: "a8,head=a8".
+  // The attention of a vision tower has to be named likewise: "a8,attention=a8" is with queries and
+  // keys in 8 bits, the only ones that it takes.
   std::string activations = "";
-  // How quantized inputs are multiplied: "int" (integer products) or "exact" (float32 products of
-  // the numbers that the codes stand for: the definition, slow, to compare with).
+  // How quantized or rounded inputs are multiplied: "int" (integer or bfloat16 products) or "exact"
+  // (float32 products of the numbers that they stand for: the definition, slow, to compare with).
   std::string numerics = "int";
   uint64_t memory_bytes = 1ull << 30;  // KV pages + workspace; weights are mapped and not counted
   int threads = 0;                     // 0: one per physical core available to the process

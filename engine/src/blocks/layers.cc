@@ -12,7 +12,7 @@ Result<Linear> Linear::bind(const Binder& binder, const std::string& slot, bool 
   linear.activations_ = binder.activations ? binder.activations->of(slot, linear.weights_.format,
                                                                     spec.decoder.tied_embedding)
                                            : spec.linears.at(slot).activations;
-  linear.exact_ = binder.exact && linear.activations_.quantized();
+  linear.exact_ = binder.exact && !linear.activations_.float32();
   FQ_ASSIGN_OR_RETURN(linear.fn_, binder.backend.linear(linear.weights_.format,
                                                         linear.exact_ ? model::ActivationFormat{}
                                                                       : linear.activations_));
@@ -20,13 +20,14 @@ Result<Linear> Linear::bind(const Binder& binder, const std::string& slot, bool 
   return linear;
 }
 
-// Rows become the numbers that their codes stand for.
+// Rows become the numbers that their codes stand for, or that they are rounded to.
 void Linear::run_exact(const ops::LinearArgs& args, ThreadPool& pool) const {
   static thread_local AlignedBuffer<float> own;  // of the engine thread; the pool writes to it
   const int64_t in = weights_.in;
   own.reserve(static_cast<size_t>(args.rows * in));
   float* const rows = own.data();
   pool.parallel_for(args.rows, [&](int64_t r, int) {
+    if (activations_.bf16) return quant::round_row(args.x + r * args.x_stride, in, rows + r * in);
     static thread_local AlignedBuffer<int8_t> codes;
     codes.reserve(static_cast<size_t>(in));
     const quant::QuantizedRow row =

@@ -22,7 +22,7 @@ struct Binder {
   ThreadPool& pool;
   // Instead of what the model says about the inputs of its linears.
   std::optional<model::ActivationChoice> activations;
-  // Quantized inputs are multiplied as float32 numbers instead of integers: the definition, slowly.
+  // Quantized and rounded inputs are multiplied as float32 numbers: the definition, slowly.
   bool exact = false;
 };
 
@@ -71,7 +71,7 @@ class Linear {
   quant::LinearWeights weights_;
   model::ActivationFormat activations_;
   backend::LinearFn fn_ = nullptr;
-  bool exact_ = false;             // fn_ takes float32 inputs, which are quantized before
+  bool exact_ = false;  // fn_ takes float32 inputs, which are quantized or rounded before
   AlignedBuffer<float> row_sums_;  // what weights_.row_sums points to if the directory lacks it
 };
 

@@ -274,8 +274,18 @@ WeightFormat read_format(ObjectReader reader) {
 }
 
 ActivationFormat read_linear_activations(ObjectReader reader, const WeightFormat& weights) {
+  if (reader.has("kind")) {
+    ActivationFormat format;
+    format.bf16 = reader.choice<bool>("kind", {{"bf16", true}});
+    if (!format.fits(weights)) {
+      reader.errors().add(reader.path_of("kind"),
+                          "inputs are rounded for bf16 and affine weights only");
+    }
+    reader.finish();
+    return format;
+  }
   const ActivationFormat format = read_activations(reader);
-  if (weights.kind != WeightFormat::Kind::kAffine) {
+  if (!format.fits(weights)) {
     reader.errors().add(reader.path_of("bits"),
                         "activations are quantized for affine weights only");
   }
@@ -461,11 +471,18 @@ bool is_affine_group(int group) {
   return group == 0 || group == 16 || group == 32 || group == 64 || group == 128;
 }
 
+bool ActivationFormat::fits(const WeightFormat& weights) const {
+  if (quantized()) return weights.kind == WeightFormat::Kind::kAffine;
+  return !bf16 || weights.kind != WeightFormat::Kind::kF32;
+}
+
 std::string ActivationFormat::name() const {
+  if (bf16) return "abf16";
   return "a" + std::to_string(bits) + (quantized() && !symmetric ? "-asym" : "");
 }
 
 std::optional<ActivationFormat> parse_activation_format(std::string_view name) {
+  if (name == "abf16") return ActivationFormat{.bf16 = true};
   for (const int bits : {16, 8, 6, 4}) {
     for (const bool symmetric : {true, false}) {
       const ActivationFormat format{bits, symmetric};
@@ -476,7 +493,7 @@ std::optional<ActivationFormat> parse_activation_format(std::string_view name) {
 }
 
 bool is_attention_activations(const ActivationFormat& format) {
-  return !format.quantized() || format == ActivationFormat{.bits = 8};
+  return format.float32() || format == ActivationFormat{.bits = 8};
 }
 
 std::optional<ActivationChoice> parse_activation_choice(std::string_view text) {
@@ -508,7 +525,7 @@ ActivationFormat ActivationChoice::of(std::string_view slot, const WeightFormat&
                                       bool tied) const {
   if (slot == (tied ? "decoder.embedding" : "decoder.head")) return head;
   const bool lookup = slot == "decoder.embedding";
-  return lookup || weights.kind != WeightFormat::Kind::kAffine ? ActivationFormat{} : linears;
+  return lookup || !linears.fits(weights) ? ActivationFormat{} : linears;
 }
 
 }  // namespace fq::model

@@ -62,15 +62,22 @@ struct DecoderSpec {
   MlpSpec mlp;
 };
 
-// How the input rows of a linear are quantized before the product (engine/CONTRACT.md, "Quantized
-// activations"): per token, dynamic.
+struct WeightFormat;
+
+// What the input rows of a linear become before the product (engine/CONTRACT.md, 1.4): codes, per
+// token and dynamic, or bfloat16 numbers, or nothing else than they are.
 struct ActivationFormat {
-  int bits = 16;  // 16: not at all (float32 inputs), 8, 6 or 4
+  int bits = 16;  // of a code: 8, 6 or 4; 16: no codes (float32 inputs, or bfloat16)
   bool symmetric = true;
+  bool bf16 = false;  // rounded to bfloat16; not together with codes
   bool quantized() const { return bits != 16; }
+  bool float32() const { return !quantized() && !bf16; }
+  // Whether linears of such weights take these inputs: codes need codes, and bfloat16 is not for
+  // weights that have more bits themselves.
+  bool fits(const WeightFormat& weights) const;
   // Whether a product needs the sums of the weights' rows: a zero multiplies them.
   bool needs_row_sums() const { return quantized() && !symmetric; }
-  std::string name() const;  // "a16", "a8", "a6", "a4", "a8-asym", ...
+  std::string name() const;  // "a16", "abf16", "a8", "a6", "a4", "a8-asym", ...
   bool operator==(const ActivationFormat&) const = default;
 };
 
@@ -147,11 +154,12 @@ struct LinearSpec {
 };
 
 // Inputs of a whole model, as an engine is asked for them: "a8", or "a8,head=a8,attention=a8". The
-// same rule as the converter's (engine/CONTRACT.md, 1.4): the word for all is for every linear with
-// codes but the head, which has to be named, and so has the attention of the vision tower.
+// same rule as the converter's (engine/CONTRACT.md, 1.4): the word for all is for every linear
+// whose weights it fits but the head, which has to be named, and so has the attention of the vision
+// tower.
 struct ActivationChoice {
   ActivationFormat linears;
-  ActivationFormat head;       // not quantized unless named
+  ActivationFormat head;       // float32 unless named
   ActivationFormat attention;  // likewise
   // What the linear `slot` gets; `tied`: the embedding is the head.
   ActivationFormat of(std::string_view slot, const WeightFormat& weights, bool tied) const;

@@ -1,4 +1,4 @@
-// Scalar references of the linear op, with float32 and with quantized inputs. Owns nothing; any
+// Scalar references of the linear op, with float32, rounded and quantized inputs. Owns nothing; any
 // thread.
 #include <algorithm>
 #include <cmath>
@@ -57,6 +57,43 @@ void integer_reference(const LinearArgs& args) {
   }
 }
 
+void rounded_reference(const LinearArgs& args) {
+  const quant::LinearWeights& w = *args.w;
+  const size_t in = static_cast<size_t>(w.in);
+  const bool affine = w.format.kind == model::WeightFormat::Kind::kAffine;
+  const int span = affine ? std::min(w.group, quant::kRoundedSpan) : quant::kRoundedSpan;
+  std::vector<float> inputs(static_cast<size_t>(args.rows) * in), weights(in);
+  for (int64_t r = 0; r < args.rows; ++r) {
+    quant::round_row(args.x + r * args.x_stride, w.in, inputs.data() + static_cast<size_t>(r) * in);
+  }
+  for (int o = 0; o < w.out; ++o) {
+    for (int i = 0; i < w.in; ++i) {
+      float& weight = weights[static_cast<size_t>(i)];
+      if (!affine) {
+        weight = quant::weight_at(w, o, i);
+        continue;
+      }
+      const int zero = w.offsets != nullptr ? 0 : quant::weight_zero(w, o, i / w.group);
+      weight = static_cast<float>(quant::weight_code_at(w, o, i) - zero);
+    }
+    for (int64_t r = 0; r < args.rows; ++r) {
+      const float* const x = inputs.data() + static_cast<size_t>(r) * in;
+      float sum = 0.0f;
+      for (int begin = 0; begin < w.in; begin += span) {
+        float products = 0.0f, of_inputs = 0.0f;
+        for (int i = begin; i < std::min(w.in, begin + span); ++i) {
+          products = std::fma(x[i], weights[static_cast<size_t>(i)], products);
+          of_inputs += x[i];
+        }
+        const int group = affine ? begin / w.group : 0;
+        sum = std::fma(affine ? quant::group_scale(w, o, group) : 1.0f, products, sum);
+        if (w.offsets != nullptr) sum = std::fma(quant::group_offset(w, o, group), of_inputs, sum);
+      }
+      finish(args, r, o, sum);
+    }
+  }
+}
+
 void float_reference(const LinearArgs& args) {
   const quant::LinearWeights& w = *args.w;
   std::vector<float> weight(static_cast<size_t>(w.in));
@@ -77,6 +114,8 @@ void linear_reference(const LinearArgs& args) {
   for (const LinearArgs* one = &args; one != nullptr; one = one->next) {
     if (one->activations.quantized()) {
       integer_reference(*one);
+    } else if (one->activations.bf16) {
+      rounded_reference(*one);
     } else {
       float_reference(*one);
     }

@@ -13,6 +13,12 @@
 //               kIntegerSpan inputs), then for each in ascending order sum = fma(scale, products,
 //               sum), sum = fma(shift, inputs, sum), shift = -zero * scale or the offset;
 //               then (asymmetric) - zero_x * row_sums; then * scale_x, + bias and so on.
+//               Inputs in bfloat16: products of the rounded input and the weight (affine: code -
+//               zero) summed in float32 over each group (at most kRoundedSpan inputs), then for
+//               each in ascending order sum = fma(scale, products, sum) (bf16 weights: scale 1),
+//               with an offset sum = fma(offset, rounded inputs, sum); then + bias and so on.
+//               Within a group the reference adds products one by one; a kernel may add them in
+//               pairs, in an order of its own that is the same for every row.
 //   attention:  scores one accumulator over the dims of a group ascending; softmax online over the
 //               pages of a chunk ascending, chunks merged ascending (see attention.cc).
 //   norms, similarity: 16 interleaved partial sums (see math.h).
@@ -36,7 +42,7 @@ struct LinearArgs {
   float* y = nullptr;  // [rows, out]
   int64_t y_stride = 0;
   bool accumulate = false;  // y += instead of y =
-  // Quantized inputs: integer products (engine/CONTRACT.md, 1.4), affine weights only.
+  // What the inputs become first (engine/CONTRACT.md, 1.4), where it fits the weights.
   model::ActivationFormat activations = {};
   // Applied to the sum with its bias: y = act(...). Not together with `accumulate`.
   std::optional<model::Activation> activation = {};

@@ -39,4 +39,8 @@ QuantizedRow quantize_row(const float* x, int64_t n, model::ActivationFormat for
   return row;
 }
 
+void round_row(const float* x, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = float_from_bf16(bf16_from_float(x[i]));
+}
+
 }  // namespace fq::quant

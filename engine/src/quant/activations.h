@@ -1,5 +1,5 @@
-// Quantization of a linear's input rows (engine/CONTRACT.md, "Quantized activations"): per token,
-// dynamic, as the scalar reference of the integer kernels. Pure functions; any thread.
+// What a linear's input rows become (engine/CONTRACT.md, 1.4): codes, per token and dynamic, as the
+// scalar reference of the integer kernels, or bfloat16 numbers. Pure functions; any thread.
 #pragma once
 
 #include <cstdint>
@@ -21,5 +21,12 @@ QuantizedRow quantize_row(const float* x, int64_t n, model::ActivationFormat for
 // Inputs whose products are summed as integers before they are scaled: a group, but at most this
 // many, so that a sum stays below 2^24 and float32 holds it exactly (512 * 255 * 128).
 inline constexpr int kIntegerSpan = 512;
+
+// Inputs in bfloat16: x[n] rounded to nearest even, as float32 (exact). y may be x.
+void round_row(const float* x, int64_t n, float* y);
+
+// Inputs in bfloat16 whose products are summed in one float32 sum before they are scaled: a group,
+// but at most this many.
+inline constexpr int kRoundedSpan = 256;
 
 }  // namespace fq::quant

@@ -37,13 +37,13 @@ Result<std::optional<model::ActivationChoice>> read_activations(const std::strin
   if (!choice) {
     return invalid(
         "no activation format '" + asked + "'",
-        "known: a16 (not quantized), a8, a6, a4, a8-asym, a6-asym, a4-asym; behind it the "
-        "head's and that of the vision tower's attention, as a8,head=a8,attention=a8; "
-        "leave it empty for what the model says");
+        "known: a16 (float32), abf16, a8, a6, a4, a8-asym, a6-asym, a4-asym; behind it the head's "
+        "and that of the vision tower's attention, as a8,head=a8,attention=a8; leave it empty for "
+        "what the model says");
   }
   const std::string head = spec.decoder.tied_embedding ? "decoder.embedding" : "decoder.head";
   const model::WeightFormat& weights = spec.linears.at(head).format;
-  if (choice->head.quantized() && weights.kind != model::WeightFormat::Kind::kAffine) {
+  if (!choice->head.fits(weights)) {
     return invalid(head + " has " + weights.name() + " weights, which take no " +
                        choice->head.name() + " inputs",
                    "leave the head out");
@@ -477,10 +477,11 @@ std::string Engine::Impl::describe_kernels() const {
   for (const auto& [name, linear] : spec.linears) {
     const model::ActivationFormat inputs =
         chosen ? chosen->of(name, linear.format, spec.decoder.tied_embedding) : linear.activations;
-    const char* const products =
-        options_.numerics == "exact" ? ", float32 products" : ", integer products";
+    const char* const products = options_.numerics == "exact" ? ", float32 products"
+                                 : inputs.bf16                ? ", bfloat16 products"
+                                                              : ", integer products";
     ++formats[linear.format.name() +
-              (inputs.quantized() ? " " + inputs.name() + products : ", float32 activations")];
+              (inputs.float32() ? ", float32 activations" : " " + inputs.name() + products)];
   }
   for (const auto& [format, count] : formats) {
     text += "linear " + format + ": " + std::to_string(count) + " matrices\n";

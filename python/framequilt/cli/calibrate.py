@@ -46,7 +46,7 @@ def command(
         str, typer.Option("--weights", help="Weight format, as for convert.")
     ] = "w4g128",
     activations: Annotated[
-        str, typer.Option("--activations", help="How inputs of linears are quantized.")
+        str, typer.Option("--activations", help="Inputs of linears, as for convert.")
     ] = "a16",
     kv: Annotated[str, typer.Option("--kv", help="The model's default KV format.")] = "kv8",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Pieces of the text.")] = 32,

@@ -29,7 +29,7 @@ ActivationsOption = Annotated[
     str | None,
     typer.Option(
         "--activations",
-        help="Quantize inputs of linears: a16 (not), a8, a6, a4, -asym; a8,head=a8,attention=a8.",
+        help="Inputs of linears: a16 (float32), abf16, a8, a6, a4, -asym; a8,head=a8,attention=a8.",
     ),
 ]
 MemoryOption = Annotated[

@@ -54,9 +54,10 @@ def command(
         str | None,
         typer.Option(
             "--activations",
-            help="How inputs of linears are quantized, in the same grammar: a16 (not at all), a8, "
-            "a6, a4, a8-asym, a6-asym, a4-asym; attention=a8 is for the vision tower's queries and "
-            "keys. \\[default: a16, or what the checkpoint says]",
+            help="What inputs of linears become, in the same grammar: a16 (float32), abf16 "
+            "(rounded to bfloat16), or quantized: a8, a6, a4, a8-asym, a6-asym, a4-asym; "
+            "attention=a8 is for the vision tower's queries and keys. "
+            "\\[default: a16, or what the checkpoint says]",
         ),
     ] = None,
     kv: Annotated[

@@ -123,16 +123,17 @@ class Plan:
     def _inputs(
         self, slot: str, form: WeightFormat, coded: CodedTensor | None
     ) -> ActivationFormat | None:
-        """Activations of a linear; only codes can be multiplied with quantized inputs."""
+        """Activations of a linear, where its weights take them."""
         if self.activations is None:
             return None if coded is None or slot == EMBEDDING else coded.activations
         chosen = self.activations.format_of(slot, tied=self.tied)
-        if chosen is None or form.kind == "affine":
+        if chosen is None or chosen.fits(form):
             return chosen
         if self.activations.asked_for(slot, tied=self.tied):
             raise InvalidArgument(
                 f"{slot} has {form.name} weights, which take no {chosen.name} inputs",
-                "choose a format with codes, such as w8, or a16",
+                "choose a16, or "
+                + ("bf16 weights" if chosen.bf16 else "a format with codes, as w8"),
             )
         return None
 

@@ -6,8 +6,8 @@ A weight format is `f32`, `bf16`, or `w<bits><group>`: bits 2, 3, 4, 5, 6 or 8 a
 `-f32scale` (float32 instead of float16 scales and offsets). So `w4` = `w4g128`, and `w8row-sym` is
 the classic per-channel int8.
 
-An activation format is `a16` (float32 inputs, despite its name), `a8`, `a6`, `a4` (symmetric per
-token), or one of these with `-asym`.
+An activation format is `a16` (float32 inputs, despite its name), `abf16` (inputs rounded to
+bfloat16), `a8`, `a6`, `a4` (symmetric per token), or one of these three with `-asym`.
 
 Pure data: no memory, any thread.
 """
@@ -196,27 +196,36 @@ def parse_format(text: str) -> WeightFormat:
 
 @dataclass(frozen=True)
 class ActivationFormat:
-    """How a linear's input rows are quantized before the product, each row on its own."""
+    """What a linear's input rows become before the product: codes, row by row, or bfloat16.
 
-    bits: Literal[4, 6, 8]
+    `bits` and `symmetric` are those of codes; with `bf16` there are none, and bits is 16.
+    """
+
+    bits: Literal[4, 6, 8, 16]
     symmetric: bool = True
+    bf16: bool = False
 
     @property
     def name(self) -> str:
-        """`a8`, `a6`, `a4`, `a8-asym`, `a6-asym` or `a4-asym`."""
-        return f"a{self.bits}" + ("" if self.symmetric else "-asym")
+        """`abf16`, `a8`, `a6`, `a4`, `a8-asym`, `a6-asym` or `a4-asym`."""
+        return "abf16" if self.bf16 else f"a{self.bits}" + ("" if self.symmetric else "-asym")
+
+    def fits(self, weights: WeightFormat) -> bool:
+        """Whether such weights take these inputs: codes need codes, float32 weights float32."""
+        return weights.kind == "affine" or (self.bf16 and weights.kind == "bf16")
 
     def to_json(self) -> dict[str, Any]:
         """The value of `activations` in config.json."""
-        return {"bits": self.bits, "symmetric": self.symmetric}
+        return {"kind": "bf16"} if self.bf16 else {"bits": self.bits, "symmetric": self.symmetric}
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> ActivationFormat:
         """Reads what `to_json` writes. Errors: CorruptModel, which names `where`."""
-        if isinstance(value, dict) and type(value.get("bits")) is int:
+        if isinstance(value, dict):
             for form in ACTIVATIONS.values():
                 if form is not None and form.to_json() == value:
-                    if type(value["symmetric"]) is bool:
+                    # 8 == 8.0 and 1 == True: the types have to agree as well.
+                    if all(type(value[key]) is type(e) for key, e in form.to_json().items()):
                         return form
         raise CorruptModel(f"{where}: {value!r} is no activation format")
 
@@ -224,6 +233,7 @@ class ActivationFormat:
 # Name -> format; None: float32 inputs.
 ACTIVATIONS: dict[str, ActivationFormat | None] = {
     "a16": None,
+    "abf16": ActivationFormat(16, bf16=True),
     "a8": ActivationFormat(8),
     "a6": ActivationFormat(6),
     "a4": ActivationFormat(4),

@@ -132,7 +132,10 @@ def quantize_activations(
     x: NDArray[np.float32], form: ActivationFormat, range_: Range = "include_zero"
 ) -> Quantized:
     """Input rows [rows, inputs] as the engine quantizes them before a product: each row on its own,
-    with float32 scales (engine/CONTRACT.md, 1.4). Errors: those of `quantize`."""
+    with float32 scales (engine/CONTRACT.md, 1.4). Errors: those of `quantize`, and InvalidArgument
+    for a format without codes."""
+    if form.bf16:
+        raise InvalidArgument(f"{form.name} has no codes", "inputs are only rounded to bfloat16")
     return quantize(
         x, bits=form.bits, group=0, symmetric=form.symmetric, scale="f32", range_=range_
     )

@@ -9,8 +9,9 @@
 The first word is for the whole model. The decoder's linears get exactly it; with a format of fewer
 than 8 bits the embedding, the head and everything visual keep 8 bits with the same group: they are
 a small part of the work of a large model, and the first to lose quality. Activations are quantized
-in every linear with codes but the head, as in "Evaluating Quantized Large Language Models" (arXiv
-2402.18158); the head takes part where a pattern names it, the lookup of the embedding never.
+in every linear with codes (rounded to bfloat16: or with bf16 weights) but the head, as in
+"Evaluating Quantized Large Language Models" (arXiv 2402.18158); the head takes part where a pattern
+names it, the lookup of the embedding never.
 `attention` is no linear: it names the vision tower's attention, which takes a8 or stays float32.
 
 A pattern is a slot's name with `*` and `?`; a name without them also means all that lies below it.

@@ -28,8 +28,12 @@ TEST(CpuBackend, TargetsLiveSideBySide) {
   // A later backend must not change what an earlier one runs.
   std::vector<std::unique_ptr<const Backend>> backends;
   const model::WeightFormat weights{model::WeightFormat::Kind::kAffine, 4, 32};
-  const auto kernel = [&](const Backend& backend) { return *backend.linear(weights, {.bits = 8}); };
-  std::vector<LinearFn> before;
+  // A target of one extension has all other kernels of the target below it.
+  const auto kernel = [&](const Backend& backend) {
+    return std::pair(*backend.linear(weights, {.bits = 8}),
+                     *backend.linear(weights, {.bf16 = true}));
+  };
+  std::vector<std::pair<LinearFn, LinearFn>> before;
   for (const std::string& target : cpu_targets()) {
     backends.push_back(backend_of(target));
     before.push_back(kernel(*backends.back()));
@@ -65,6 +69,11 @@ TEST(CpuBackend, UnsupportedFormatsAreRefusedByName) {
   const auto inputs = backend->linear({.kind = model::WeightFormat::Kind::kBF16}, {.bits = 8});
   ASSERT_FALSE(inputs);
   EXPECT_EQ(inputs.error().code, Code::kUnsupported);
+  const auto rounded = backend->linear({.kind = model::WeightFormat::Kind::kF32}, {.bf16 = true});
+  ASSERT_FALSE(rounded);
+  EXPECT_EQ(rounded.error().code, Code::kUnsupported);
+  EXPECT_NE(rounded.error().message.find("abf16 inputs and f32 weights"), std::string::npos);
+  EXPECT_NE(rounded.error().hint.find("bf16"), std::string::npos);
   quant::KvPageLayout layout = *quant::KvPageLayout::make({.k_bits = 8, .v_bits = 4}, 1, 64);
   layout.v.bits = 5;
   EXPECT_EQ(backend->attention(layout).error().code, Code::kUnsupported);

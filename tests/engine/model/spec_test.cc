@@ -65,7 +65,7 @@ TEST(Spec, AnActivationChoiceNamesItsParts) {
   EXPECT_EQ(choice->attention.name(), "a8");
   EXPECT_FALSE(parse_activation_choice("a8")->attention.quantized());
   EXPECT_FALSE(parse_activation_choice("a8,attention=a16")->attention.quantized());
-  for (const char* text : {"attention=a8", "a8,attention", "a8,attention=", "a8,attention=a4",
+  for (const char* text : {"attention=a8", "a8,attention", "a8,attention=", "a8,attention=abf16",
                            "a8,attention=a8-asym", "a8,attention=a8,", "a8,,head=a8"})
     EXPECT_FALSE(parse_activation_choice(text)) << text;
 }
@@ -398,6 +398,68 @@ TEST(WeightFormat, NamesAreTheSchemesOwn) {
   EXPECT_EQ(testing::affine_format(4, 128).name(), "w4g128");
   EXPECT_EQ(testing::affine_format(4, 128, true).name(), "w4g128-sym");
   EXPECT_EQ(testing::affine_format(8, 0).name(), "w8row");
+}
+
+const char kUp[] = "decoder.layers.0.mlp.up";
+
+// config.json with these weights and inputs of a linear.
+json with_activations(const json& format, const json& activations) {
+  json config = vision_config();
+  config["linears"][kUp]["format"] = format;
+  config["linears"][kUp]["activations"] = activations;
+  return config;
+}
+const json kW4 = {
+    {"kind", "affine"}, {"bits", 4}, {"group", 32}, {"symmetric", false}, {"scale", "f16"}};
+
+TEST(ActivationFormat, IsReadForTheWeightsThatItFits) {
+  const json bf16 = {{"kind", "bf16"}}, f32 = {{"kind", "f32"}};
+  const json codes = {{"bits", 8}, {"symmetric", false}};
+  const auto name = [](const json& config) {
+    return parse(config)->linears.at(kUp).activations.name();
+  };
+  EXPECT_EQ(name(with_activations(kW4, bf16)), "abf16");
+  EXPECT_EQ(name(with_activations(bf16, bf16)), "abf16");
+  EXPECT_EQ(name(with_activations(kW4, codes)), "a8-asym");
+  const std::pair<json, std::string> refused[] = {
+      {with_activations(f32, bf16), ".activations.kind: inputs are rounded for bf16 and affine"},
+      {with_activations(bf16, codes), ".activations.bits: activations are quantized for affine"},
+      {with_activations(kW4, {{"kind", "f16"}}), "activations.kind: expected one of \"bf16\", got"},
+      {with_activations(kW4, {{"kind", "bf16"}, {"bits", 8}}), "unknown key \"bits\""},
+      {with_activations(kW4, {{"bits", 16}, {"symmetric", true}}), "activations.bits: expected"},
+      {with_activations(kW4, {{"bits", 8}}), "symmetric: missing"}};
+  for (const auto& [config, message] : refused) {
+    const auto spec = parse(config);
+    ASSERT_FALSE(spec) << message;
+    EXPECT_EQ(spec.error().code, Code::kCorruptModel);
+    EXPECT_NE(spec.error().message.find(message), std::string::npos) << spec.error().message;
+  }
+}
+
+TEST(ActivationFormat, NamesAreReadBack) {
+  for (const char* name : {"a16", "abf16", "a8", "a6", "a4", "a8-asym", "a6-asym", "a4-asym"}) {
+    const auto format = parse_activation_format(name);
+    ASSERT_TRUE(format) << name;
+    EXPECT_EQ(format->name(), name);
+  }
+  for (const char* name : {"", "a", "abf16-asym", "abf", "bf16", "a16-asym", "a5"})
+    EXPECT_FALSE(parse_activation_format(name)) << name;
+}
+
+TEST(ActivationChoice, IsForTheLinearsWhoseWeightsItFits) {
+  const auto chosen = [](const char* text, const char* slot, const WeightFormat& weights) {
+    return parse_activation_choice(text)->of(slot, weights, false).name();
+  };
+  const WeightFormat f32 = testing::f32_format(), bf16 = testing::bf16_format(),
+                     w4 = testing::affine_format(4, 32);
+  EXPECT_EQ(chosen("abf16", kUp, w4), "abf16");
+  EXPECT_EQ(chosen("abf16", kUp, bf16), "abf16");
+  EXPECT_EQ(chosen("abf16", kUp, f32), "a16");
+  EXPECT_EQ(chosen("a8", kUp, w4), "a8");
+  EXPECT_EQ(chosen("a8", kUp, bf16), "a16");
+  EXPECT_EQ(chosen("abf16", "decoder.embedding", bf16), "a16");  // a lookup
+  EXPECT_EQ(chosen("abf16", "decoder.head", bf16), "a16");       // has to be named
+  EXPECT_EQ(chosen("a8,head=abf16", "decoder.head", bf16), "abf16");
 }
 
 // The shapes of the contract's section 1.3, worked out by hand for out = 17, in = 33.

@@ -27,12 +27,18 @@ class CpuBackend : public Backend {
                        std::to_string(format.bits) + "-bit weights",
                    "it has f32, bf16, and affine weights of 2 to 6 and 8 bits"};
     }
-    if (activations.quantized()) {
-      if (affine) return kernels_.linear_integer[bits];
+    if (!activations.fits(format)) {
       return Error{Code::kUnsupported,
                    "backend '" + name() + "' has no linear kernel for " + activations.name() +
                        " inputs and " + format.name() + " weights",
-                   "inputs are quantized for affine weights only"};
+                   activations.bf16
+                       ? "convert the weights to bf16, or leave their inputs in float32: a16"
+                       : "inputs are quantized for affine weights only"};
+    }
+    if (activations.quantized()) return kernels_.linear_integer[bits];
+    if (activations.bf16) {
+      const LinearFn rounded = kernels_.linear_bf16dot[affine ? bits : 16];
+      if (rounded != nullptr) return rounded;  // else the next ones round inputs first
     }
     if (format.kind == Kind::kF32) return kernels_.linear_f32;
     if (format.kind == Kind::kBF16) return kernels_.linear_bf16;
@@ -65,7 +71,7 @@ class CpuBackend : public Backend {
   Result<EncoderAttentionFn> encoder_attention(
       int head_dim, const model::ActivationFormat& activations) const override {
     FQ_RETURN_IF_ERROR(check_head_dim(head_dim));
-    if (!activations.quantized()) return kernels_.encoder_attention;
+    if (activations.float32()) return kernels_.encoder_attention;
     if (activations == model::ActivationFormat{.bits = 8})
       return kernels_.integer_encoder_attention;
     return Error{Code::kUnsupported,

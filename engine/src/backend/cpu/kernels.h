@@ -14,6 +14,9 @@ struct Kernels {
   std::array<LinearFn, 9> linear_affine = {};
   LinearFn linear_offset8 = nullptr, linear_offset4 = nullptr;
   std::array<LinearFn, 9> linear_integer = {};  // by bits: quantized inputs
+  // Inputs in bfloat16, by bits of affine weights, 16: bf16 weights. Empty: the float32 linears,
+  // which round inputs first.
+  std::array<LinearFn, 17> linear_bf16dot = {};
   NormFn rms_norm = nullptr, layer_norm = nullptr;
   RopeFn rope = nullptr;
   KvAppendFn kv_append = nullptr;   // reads the number format from the layout
@@ -37,7 +40,8 @@ void fill_neon_dot_linear_kernels(Kernels& kernels);  // 64-bit Arm only, both
 void fill_neon_i8mm_linear_kernels(Kernels& kernels);
 void fill_avx_vnni_linear_kernels(Kernels& kernels);  // where FRAMEQUILT_AVX2_VNNI, both
 void fill_avx512_vnni_linear_kernels(Kernels& kernels);
-void fill_row_kernels(Kernels& kernels);  // norms, rope, activations, similarity
+void fill_bf16dot_linear_kernels(Kernels& kernels);  // x86 with AVX512_BF16 only
+void fill_row_kernels(Kernels& kernels);             // norms, rope, activations, similarity
 void fill_kv_append_kernels(Kernels& kernels);
 void fill_attention_kernels(Kernels& kernels);  // attention, importance
 void fill_encoder_attention_kernels(Kernels& kernels);

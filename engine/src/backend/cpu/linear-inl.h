@@ -16,6 +16,7 @@
 #include "hwy/highway.h"
 #include "src/backend/cpu/tiles-inl.h"
 #include "src/core/aligned.h"
+#include "src/quant/activations.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
@@ -339,9 +340,30 @@ PanelFormat PanelFormatOf(const LinearWeights& w) {
 // Any number of rows, through panels. Defined in linear.cc: compiled once.
 void RunPanels(const ops::LinearArgs& args, ThreadPool& pool, const PanelFormat& format);
 
+// Inputs that are to be rounded to bfloat16 are, and `run` multiplies them as float32 numbers.
+// Scratch belongs to the engine thread and is kept.
+inline void RunRounded(const ops::LinearArgs& args, ThreadPool& pool, LinearFn run) {
+  static thread_local AlignedBuffer<float> own;  // the pool's threads write to it
+  const int64_t in = args.w->in;
+  own.reserve(static_cast<size_t>(args.rows * in));
+  float* const rows = own.data();
+  pool.parallel_for(args.rows, [&](int64_t r, int) {
+    quant::round_row(args.x + r * args.x_stride, in, rows + r * in);
+  });
+  for (const ops::LinearArgs* next = &args; next != nullptr; next = next->next) {
+    ops::LinearArgs one = *next;
+    one.x = rows;
+    one.x_stride = in;
+    one.activations = {};
+    one.next = nullptr;
+    run(one, pool);
+  }
+}
+
 template <class Format>
 void RunLinear(const ops::LinearArgs& args, ThreadPool& pool) {
   if (args.rows == 0) return;
+  if (args.activations.bf16) return RunRounded(args, pool, &RunLinear<Format>);
   if (args.rows <= kStreamRows) return Stream<Format>(args, pool);
   RunPanels(args, pool, PanelFormatOf<Format>(*args.w));
 }
@@ -350,6 +372,7 @@ void RunLinear(const ops::LinearArgs& args, ThreadPool& pool) {
 template <class Format>
 void RunLinearSmall(const ops::LinearArgs& args, ThreadPool& pool) {
   if (args.rows == 0) return;
+  if (args.activations.bf16) return RunRounded(args, pool, &RunLinearSmall<Format>);
   if (args.rows > 1) return RunPanels(args, pool, PanelFormatOf<Format>(*args.w));
   StreamSteps(args, pool, [](const ops::LinearArgs& one, int64_t unit, int64_t count) {
     StreamBlock<Format, 1>(one, unit, count);

@@ -386,67 +386,42 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
   }
 }
 
-// `next_column`: of the item that this thread is likely to get next.
 template <int kBits>
-void IntegerItem(const ops::LinearArgs& args, const Inputs& inputs, int64_t row_begin,
-                 int64_t row_end, int64_t column_begin, int64_t column_end, int64_t next_column) {
-  const LinearWeights& w = *args.w;
+void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
+  const LinearWeights& w = *item.args.w;
   IntegerScratch& scratch = ThreadIntegerScratch();
-  const int64_t rows = row_end - row_begin;
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
-  const auto ask_for = [&](int64_t column, int64_t begin) {
-    return AskFor(w, w.padded_in() / 32 * SuperblockBytes(kBits), SuperblockBytes(kBits), column,
-                  kIntegerColumns, begin, std::min(begin + kIntegerInputs, padded));
-  };
-  for (int64_t begin = 0; begin < padded; begin += kIntegerInputs) {
-    const int64_t end = std::min(begin + kIntegerInputs, padded);
-    IntegerBlock b;
-    b.x = inputs.codes + row_begin * inputs.stride + begin;
-    b.x_stride = inputs.stride;
-    b.input_spans = inputs.spans;
-    b.input_sums = inputs.sums + row_begin * inputs.spans + begin / inputs.span;
-    b.panel = scratch.panel.data();
-    b.numbers = scratch.numbers.data();
-    b.steps = (end - begin) / 4;
-    b.span_steps = inputs.span / 4;
-    b.first = begin == 0;
-    for (int64_t column = column_begin; column < column_end; column += kIntegerColumns) {
-      for (int64_t v = 0; v < kIntegerVectors; ++v) {
-        const int64_t unit = std::min(column / kLanes + v, column_end / kLanes - 1);
-        UnpackUnit<kBits>(w, inputs.span, unit, begin, end, v, scratch);
-      }
-      b.sums = scratch.sums.data() + (column - column_begin);
-      const bool more_columns = column + kIntegerColumns < column_end;
-      WeightsAhead ahead = more_columns   ? ask_for(column + kIntegerColumns, begin)
-                           : end < padded ? ask_for(column_begin, end)
-                                          : ask_for(next_column, 0);
-      const int64_t lines = ahead.lines();
-      const auto ask = [&](int64_t, int64_t count) {
-        ahead.Ask((lines * count + rows - 1) / rows);
-      };
-      if (more_columns || end < padded) {
-        IntegerPanel<kDotPlanes<kBits>>(b, rows, ask, [](int64_t, int64_t) {});
-        continue;
-      }
-      // The last products: a tile's outputs are asked for before it and written after it, so that
-      // the writing of one goes on while the next one is multiplied.
-      const int64_t out_end = std::min<int64_t>(column_end, w.out);
-      IntegerPanel<kDotPlanes<kBits>>(
-          b, rows,
-          [&](int64_t first, int64_t count) {
-            ask(first, count);
-            AskForOutputs(args, row_begin + first, count, column_begin, out_end);
-          },
-          [&](int64_t first, int64_t count) {
-            for (int64_t r = first; r < first + count; ++r) {
-              const float* const sums = scratch.sums.data() + r * kIntegerSumStride;
-              for (int64_t c = column_begin; c < out_end; c += kLanes)
-                FinishInteger(args, inputs, row_begin + r, c,
-                              hn::Load(DF(), sums + c - column_begin));
-            }
-          });
-    }
-  }
+  ForPanels(
+      item, padded, kIntegerInputs, kIntegerColumns,
+      [&](int64_t column, int64_t begin) {
+        return AskFor(w, w.padded_in() / 32 * SuperblockBytes(kBits), SuperblockBytes(kBits),
+                      column, kIntegerColumns, begin, std::min(begin + kIntegerInputs, padded));
+      },
+      [&](int64_t begin, int64_t end, int64_t column) {
+        for (int64_t v = 0; v < kIntegerVectors; ++v) {
+          const int64_t unit = std::min(column / kLanes + v, item.column_end / kLanes - 1);
+          UnpackUnit<kBits>(w, inputs.span, unit, begin, end, v, scratch);
+        }
+      },
+      [&](int64_t begin, int64_t end, int64_t column, const auto& before, const auto& after) {
+        IntegerBlock b;
+        b.x = inputs.codes + item.row_begin * inputs.stride + begin;
+        b.x_stride = inputs.stride;
+        b.input_spans = inputs.spans;
+        b.input_sums = inputs.sums + item.row_begin * inputs.spans + begin / inputs.span;
+        b.panel = scratch.panel.data();
+        b.numbers = scratch.numbers.data();
+        b.steps = (end - begin) / 4;
+        b.span_steps = inputs.span / 4;
+        b.first = begin == 0;
+        b.sums = scratch.sums.data() + (column - item.column_begin);
+        IntegerPanel<kDotPlanes<kBits>>(b, item.row_end - item.row_begin, before, after);
+      },
+      [&](int64_t row, int64_t column) {
+        const float* const sums = scratch.sums.data() + row * kIntegerSumStride + column;
+        FinishInteger(item.args, inputs, item.row_begin + row, item.column_begin + column,
+                      hn::Load(DF(), sums));
+      });
 }
 
 template <int kBits>
@@ -454,7 +429,7 @@ void IntegerPanels(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool
   PanelPieces(args, pool, kIntegerRowBlock, kIntegerGroupColumns, kIntegerColumns,
               [&](const ops::LinearArgs& one, int64_t row_begin, int64_t row_end, int64_t begin,
                   int64_t end, int64_t next) {
-                IntegerItem<kBits>(one, inputs, row_begin, row_end, begin, end, next);
+                IntegerItem<kBits>({one, row_begin, row_end, begin, end, next}, inputs);
               });
 }
 

@@ -48,12 +48,16 @@ std::vector<Target> extended_targets([[maybe_unused]] int64_t bit, [[maybe_unuse
   if (bit == HWY_AVX2) {
     if (const auto fill = avx2_vnni(); fill != nullptr) targets.push_back({"avx2_vnni", bit, fill});
   }
-#elif HWY_ARCH_ARM_A64 && defined(__linux__)
+#endif
+#if HWY_ARCH_ARM_A64 && defined(__linux__)
   if (!best) return targets;
   const bool dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
   const bool i8mm = (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
   if (i8mm) targets.push_back({"neon_i8mm", bit, &fill_neon_i8mm_linear_kernels});
   if (dot) targets.push_back({"neon_dot", bit, &fill_neon_dot_linear_kernels});
+#elif HWY_ARCH_X86
+  if (bit == HWY_AVX3_DL && __builtin_cpu_supports("avx512bf16"))
+    targets.push_back({"avx3_bf16", bit, &fill_bf16dot_linear_kernels});
 #endif
   return targets;
 }
@@ -83,11 +87,8 @@ Kernels simd_kernels(const Target& target) {
   Kernels kernels;
   fill_linear_kernels(kernels);
   fill_planes_linear_kernels(kernels);
-  if (target.fill_extension != nullptr) {
-    target.fill_extension(kernels);
-  } else {
-    fill_integer_linear_kernels(kernels);
-  }
+  fill_integer_linear_kernels(kernels);
+  if (target.fill_extension != nullptr) target.fill_extension(kernels);
   fill_row_kernels(kernels);
   fill_kv_append_kernels(kernels);
   fill_attention_kernels(kernels);

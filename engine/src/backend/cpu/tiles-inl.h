@@ -318,6 +318,51 @@ void PanelPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t most_row
             });
 }
 
+// One item of that work.
+struct PanelPiece {
+  const ops::LinearArgs& args;
+  int64_t row_begin, row_end, column_begin, column_end, next_column;
+};
+
+// The panels of one item: blocks of `inputs_at_once` of `inputs` inputs times `columns_at_once`
+// columns. For each calls unpack(begin, end, column) and multiply(begin, end, column, before,
+// after), which has to call before(first, count) and after(first, count) around the products of
+// rows [first, first + count) of the item. finish(row, column) writes the outputs of a vector of
+// columns (counted within the item) of a row. ask_for(column, begin): the weights of a panel.
+template <class AskFor, class Unpack, class Multiply, class FinishRow>
+HWY_INLINE void ForPanels(const PanelPiece& item, int64_t inputs, int64_t inputs_at_once,
+                          int64_t columns_at_once, const AskFor& ask_for, const Unpack& unpack,
+                          const Multiply& multiply, const FinishRow& finish) {
+  const int64_t rows = item.row_end - item.row_begin;
+  const int64_t out_end = std::min<int64_t>(item.column_end, item.args.w->out);
+  for (int64_t begin = 0; begin < inputs; begin += inputs_at_once) {
+    const int64_t end = std::min(begin + inputs_at_once, inputs);
+    for (int64_t column = item.column_begin; column < item.column_end; column += columns_at_once) {
+      unpack(begin, end, column);
+      const bool more_columns = column + columns_at_once < item.column_end;
+      WeightsAhead ahead = more_columns   ? ask_for(column + columns_at_once, begin)
+                           : end < inputs ? ask_for(item.column_begin, end)
+                                          : ask_for(item.next_column, 0);
+      const int64_t lines = ahead.lines();
+      const bool last = !more_columns && end == inputs;
+      // With the last products, a tile's outputs are asked for before it and written after it, so
+      // that the writing of one goes on while the next one is multiplied.
+      const auto before = [&](int64_t first, int64_t count) {
+        ahead.Ask((lines * count + rows - 1) / rows);
+        if (last)
+          AskForOutputs(item.args, item.row_begin + first, count, item.column_begin, out_end);
+      };
+      const auto after = [&](int64_t first, int64_t count) {
+        if (!last) return;
+        for (int64_t r = first; r < first + count; ++r) {
+          for (int64_t c = 0; c < out_end - item.column_begin; c += kLanes) finish(r, c);
+        }
+      };
+      multiply(begin, end, column, before, after);
+    }
+  }
+}
+
 #endif
 }  // namespace HWY_NAMESPACE
 }  // namespace fq::backend::cpu

@@ -35,6 +35,8 @@ PARTS = ("vision", "decoder")
 
 def fake_quantize_rows(x: Tensor, form: ActivationFormat) -> Tensor:
     """Input rows [..., inputs] as the engine multiplies them (engine/CONTRACT.md, 1.4)."""
+    if form.bf16:
+        return x.to(torch.bfloat16).to(x.dtype)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     floor = float(RANGE_FLOOR)
     if form.symmetric:
