@@ -91,11 +91,12 @@ def prefill(p: Programs, name: str, tokens: int) -> Bench:
             Target("against CTranslate2 int8", ("w4", "w8"), ("CTranslate2",), 1.5),
         ],
     )
-    for weights, activations in (("w4g128", "a8"), ("w4g128", "a16"), ("w8g128", "a8")):
-        if weights == "w8g128" and name != "qwen2-0.5b":
-            continue
-        label = f"{weights} {activations}"
-        options = {"prompt": tokens, "activations": activations, "kv": "kv16"}
+    formats = [("w4g128", "a8", "kv16"), ("w4g128", "a8", "kv8"), ("w4g128", "a16", "kv16")]
+    if name == "qwen2-0.5b":
+        formats.append(("w8g128", "a8", "kv16"))
+    for weights, activations, kv in formats:
+        label = f"{weights} {activations}" + ("" if kv == "kv16" else f" {kv}")
+        options = {"prompt": tokens, "activations": activations, "kv": kv}
         options |= {"less": {"prompt": 32}, "work": tokens - 32}
         bench.add("ours", _engine(p, label, name, weights, "prefill", **options))
     for kind in FOUR_BITS[name]:
@@ -105,6 +106,15 @@ def prefill(p: Programs, name: str, tokens: int) -> Bench:
                 f"llama.cpp {kind}", p.gguf(name, kind), {"p": 32}, tokens - 32, p=tokens, n=0
             ),
         )
+
+    # As the preset `fast` has it: the cache in 8 bits.
+    bench.add(
+        "peer",
+        lambda: p.llama_bench(
+            "llama.cpp q4_0 kv q8_0", p.gguf(name, "q4_0"), {"p": 32}, tokens - 32,
+            p=tokens, n=0, fa="on", ctk="q8_0", ctv="q8_0",
+        ),
+    )  # fmt: skip
 
     def ct2() -> Runner:
         command = ["ct2", p.ct2(name), "int8_float32", "prefill"]
@@ -214,16 +224,25 @@ def tower(p: Programs) -> Bench:
                    1.15),
             Target("bfloat16 products, against the best float32 and bfloat16", ("bf16 abf16",),
                    ("onnxruntime f32", "torch f32", "torch bf16"), 1.15),
-            Target("W8A8, against the best int8", ("w8g128 a8",), ("onnxruntime int8",), 1.15),
-            Target("W4A8, against the best int8", ("w4g128 a8",), ("onnxruntime int8",), 1.7),
+            Target("W8A8, attention in float32, against the best int8", ("w8g128 a8 float",),
+                   ("onnxruntime int8",), 1.15),
+            Target("W8A8, attention too, against the best int8", ("w8g128 a8 attention",),
+                   ("onnxruntime int8",), 1.15),
+            Target("W4A8, attention in float32, against the best int8", ("w4g128 a8 float",),
+                   ("onnxruntime int8",), 1.7),
+            Target("W4A8, attention too, against the best int8", ("w4g128 a8 attention",),
+                   ("onnxruntime int8",), 1.7),
         ],
         higher_is_better=False,
     )  # fmt: skip
-    for weights, activations in (("f32", "a16"), ("bf16", "abf16"), ("w8g128", "a8"),
-                                 ("w4g128", "a8"), ("w4g128", "a16")):  # fmt: skip
-        options = {"frames": 2, "prompt": 8, "tokens": 2, "activations": activations}
+    formats = [("f32", "a16", ""), ("bf16", "abf16", "")]
+    for weights in ("w8g128", "w4g128"):
+        formats += [(weights, "a8", " float attention"), (weights, "a8", " attention a8")]
+    for weights, activations, attention in formats:
+        asked = activations + (",attention=a8" if attention.endswith("a8") else "")
+        options = {"frames": 2, "prompt": 8, "tokens": 2, "activations": asked}
         options |= {"less": {"frames": 1}, "work": 1, "rate": False}
-        label = f"{weights} {activations}"
+        label = f"{weights} {activations}{attention}"
         bench.add("ours", _engine(p, label, "siglip", weights, "vision", **options))
 
     def peer(label: str, *command: str | Path) -> Runner:

@@ -187,7 +187,8 @@ class Programs:
             more = {"warm-up": 0} if self.cpu and mode in ("prefill", "vision") else {}
             for key, value in {"threads": self.threads, **more, **options}.items():
                 if key == "activations" and value != "a16":
-                    value = f"{value},head={value}"  # a peer's head has integer inputs too
+                    head = str(value).partition(",")[0]
+                    value = f"{value},head={head}"  # a peer's head has integer inputs too
                 result += [f"--{key.replace('_', '-')}", str(value)]
             return tuple(result)
 
