@@ -334,7 +334,7 @@ def all_benches(p: Programs, quick: bool, activations: str) -> list[Bench]:
     result += [batch(p, name, 48) for name in ("qwen2-0.5b", "smollm2-135m")]
     result += [context(p, "qwen2-0.5b", 1024 if quick else 4096, 32), tower(p)]
     if not quick:
-        result += [decode(p, "qwen2-7b", "w4g128", 16), load(p)]
+        result += [decode(p, "qwen2-7b", "w4g128", 16), load(p), batch(p, "qwen2-7b-4l", 48)]
         result += [fusion(p, 64, activations), *video(p, activations)]
     return result
 

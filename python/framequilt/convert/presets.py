@@ -5,9 +5,9 @@ its published results: 8-bit weights and KV caches cost nothing; 4-bit weights a
 tasks and 2 to 4 on arithmetic; 8-bit inputs at most a point more. Those are asymmetric, as in the
 paper: what they add to the divergence is about half of what symmetric ones add, and they are as
 fast (quantize/METHODS.md, "Inputs of 8 bits"). Queries and keys of a vision tower in 8 bits add
-nothing to that which can be told from noise ("Attention of the vision tower in 8 bits"). Three bits everywhere lose 5 points on knowledge and
-13 on arithmetic, and the smaller a model is, the more: so they are for the MLPs only, which are
-most of a model, and neither its first nor its last layers.
+nothing to that which stands out from noise ("Attention of the vision tower in 8 bits"). Three bits
+everywhere lose 5 points on knowledge and 13 on arithmetic, and the smaller a model is, the more: so
+they are for the MLPs only, which are most of a model, and neither its first nor its last layers.
 
 Pure data: no memory, any thread.
 """

@@ -1,6 +1,7 @@
 """Accuracy of the demo model as the engine runs it: real codes, quantized KV, token reduction.
 
-    python -m framequilt.demo.engine_eval --weights f32,w8,w4g128 --kv kv32,kv8 --each 100
+    python -m framequilt.demo.engine_eval --weights f32,w8,w4g128 --kv kv32,kv8,kv8 --each 100
+    python -m framequilt.demo.engine_eval --weights w8,w8 --kv kv8,kv8 --activations "a8;a8,attention=a8"
 
 Every combination answers the same questions about the same held-out scenes, so that differences are
 paired. The training side's `evaluate` is the other implementation of the same measurement.
@@ -129,20 +130,29 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--weights", default="f32,w4g128", help="formats, comma separated")
     parser.add_argument("--kv", default="kv32,kv8", help="one KV format for each weight format")
+    parser.add_argument(
+        "--activations",
+        default="a16",
+        help="one for each weight format, with ; between; or for all",
+    )
     parser.add_argument("--costs", default="1.0,0.3")
     parser.add_argument("--each", type=int, default=100, help="questions of each kind")
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    formats = list(zip(args.weights.split(","), args.kv.split(","), strict=True))
+    weights_of, kv_of = args.weights.split(","), args.kv.split(",")
+    inputs_of = args.activations.split(";")
+    if len(inputs_of) == 1:
+        inputs_of *= len(weights_of)
+    formats = list(zip(weights_of, kv_of, inputs_of, strict=True))
     costs = [float(c) for c in args.costs.split(",")]
     scenes = collect(args.each, args.frames)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for weights, kv in formats:
-            name = f"{weights}/{kv}"
-            model = Path(folder) / name.replace("/", "-")
-            convert(args.checkpoint, model, weights=weights, kv=kv)
+        for number, (weights, kv, inputs) in enumerate(formats):
+            name = f"{weights}/{kv}" + ("" if inputs == "a16" else f"/{inputs}")
+            model = Path(folder) / str(number)
+            convert(args.checkpoint, model, weights=weights, kv=kv, activations=inputs)
             with Engine(model, memory="512MiB") as engine:
                 results[name] = run(engine, scenes, costs, name)
     Console().print(table_of(results))
