@@ -97,7 +97,7 @@ struct Bench {
     fq_counted_call([&] { kernel({&args, 1}, pool); });
   }
 
-  void encoder() {
+  void encoder(const model::ActivationFormat& activations) {
     const int64_t tokens = 81, width = 4 * 72;
     const auto x = values(tokens * width);
     std::vector<float> out(x.size());
@@ -111,7 +111,7 @@ struct Bench {
                                          .heads = 4,
                                          .head_dim = 72,
                                          .scale = 0.1f};
-    const backend::EncoderAttentionFn kernel = *backend.encoder_attention(72, {});
+    const backend::EncoderAttentionFn kernel = *backend.encoder_attention(72, activations);
     fq_counted_call([&] { kernel(args, pool); });
   }
 
@@ -168,7 +168,8 @@ std::vector<Case> cases() {
           {"attention kv8 rows 64 length 256", [](Bench& b) { b.attention(8, 64, 256, false); }},
           {"kv append kv8 rows 64", [](Bench& b) { b.attention(8, 1, 64, true); }},
           {"kv append kv4 rows 64", [](Bench& b) { b.attention(4, 1, 64, true); }},
-          {"encoder attention 81 tokens", [](Bench& b) { b.encoder(); }},
+          {"encoder attention 81 tokens", [](Bench& b) { b.encoder({}); }},
+          {"encoder attention 81 tokens a8", [](Bench& b) { b.encoder({.bits = 8}); }},
           {"rms norm 16x896", [](Bench& b) { b.norm(); }},
           {"silu 16x896", [](Bench& b) { b.silu(); }}};
 }

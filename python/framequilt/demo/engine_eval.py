@@ -1,7 +1,8 @@
 """Accuracy of the demo model as the engine runs it: real codes, quantized KV, token reduction.
 
     python -m framequilt.demo.engine_eval --weights f32,w8,w4g128 --kv kv32,kv8,kv8 --each 100
-    python -m framequilt.demo.engine_eval --weights w8,w8 --kv kv8,kv8 --activations "a8;a8,attention=a8"
+    python -m framequilt.demo.engine_eval --weights w8,w8 --kv kv8,kv8 \\
+        --activations "a8;a8,attention=a8"
 
 Every combination answers the same questions about the same held-out scenes, so that differences are
 paired. The training side's `evaluate` is the other implementation of the same measurement.

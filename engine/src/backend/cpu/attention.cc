@@ -2,11 +2,10 @@
 // kv head) goes over the pages of its sequence. Codes of a page become words once per tile, for
 // integer products (code_products-inl.h); floats are multiplied straight from the page by few rows
 // (half_products-inl.h), from a panel of float32 by many, and so are codes where `exact` is asked
-// for. The pages are cut into chunks of
-// kAttentionChunk tokens, computed alone and merged in order: one after the other, or, where there
-// are fewer tiles than threads, on several threads. Every row keeps its own order of operations
-// (ops/attention.cc), hence the same result in any tile, on any number of threads. Called by the
-// engine thread, runs on the pool.
+// for (exact_products-inl.h). The pages are cut into chunks of kAttentionChunk tokens, computed
+// alone and merged in order: one after the other, or, where there are fewer tiles than threads, on
+// several threads. Every row keeps its own order of operations (ops/attention.cc), hence the same
+// result in any tile, on any number of threads. Called by the engine thread, runs on the pool.
 #include <algorithm>
 #include <cstring>
 
@@ -33,18 +32,6 @@ constexpr int64_t kProductMostRows = 16;  // up to here straight from the page
 constexpr int64_t kSplitRows = 32;        // up to here chunks go to different threads
 constexpr int64_t kRoundItems = 16;       // chunks of a round, per thread
 
-// --- One page ----------------------------------------------------------------------------------
-
-// K of a head of a page lies before its V.
-Ahead AheadOfK(const KvPageLayout& layout, const std::byte* head) {
-  return {head, head + layout.v.low};
-}
-Ahead AheadOfV(const KvPageLayout& layout, const std::byte* head) {
-  return {head + layout.v.low, head + layout.head_bytes};
-}
-
-// --- Queries ------------------------------------------------------------------------------------
-
 // Row `row` of the scratch: as it is, or as codes.
 void LoadQuery(const KvPageLayout& layout, bool exact, const float* q, int64_t row, float scale,
                AttentionScratch& s) {
@@ -57,6 +44,16 @@ void LoadQuery(const KvPageLayout& layout, bool exact, const float* q, int64_t r
   } else {
     std::memcpy(s.q.data() + row * dims, q, static_cast<size_t>(dims) * sizeof(float));
   }
+}
+
+// --- One page ----------------------------------------------------------------------------------
+
+// K of a head of a page lies before its V.
+Ahead AheadOfK(const KvPageLayout& layout, const std::byte* head) {
+  return {head, head + layout.v.low};
+}
+Ahead AheadOfV(const KvPageLayout& layout, const std::byte* head) {
+  return {head + layout.v.low, head + layout.head_bytes};
 }
 
 // Scores, before their factors, of rows [first, first + rows) of the scratch with `tokens` tokens

@@ -46,8 +46,8 @@ inline void ExactScores(const KvPageLayout& layout, const std::byte* head, int64
   std::fill_n(s.k.data(), layout.head_dim * kBlock, 0.0f);
   ReadFactors(layout, part, head, tokens, 1, kBlock, s.k.data(), s.scales.data());
   HWY_ALIGN float dots[kAttentionTileRows * kBlock];
-  for (int64_t begin = 0; begin < rows;
-       begin += kAttentionTileRows) {  // importance has more of them
+  // Importance has more rows than a tile.
+  for (int64_t begin = 0; begin < rows; begin += kAttentionTileRows) {
     const int64_t count = std::min(kAttentionTileRows, rows - begin);
     for (int64_t g = 0; g < part.groups; ++g) {
       const int64_t dim = g * part.group;

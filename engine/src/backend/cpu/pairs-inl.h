@@ -95,7 +95,9 @@ HWY_INLINE void AddProducts(const WordProducts& p, VI (&acc)[kRows * kVectors], 
     Unrolled<kVectors>([&](auto v)
                            FRAMEQUILT_INLINE { vectors[v] = hn::Load(du, b + v * kLanes); });
     Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-      const VU word = hn::Set(du, a[r * a_row]);
+      uint32_t bits;  // of two codes, or four
+      __builtin_memcpy(&bits, a + r * a_row, sizeof bits);
+      const VU word = hn::Set(du, bits);
       Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
         acc[r * kVectors + v] = dot(acc[r * kVectors + v], vectors[v], word);
       });
