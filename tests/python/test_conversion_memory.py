@@ -26,7 +26,7 @@ from shapes import DecoderShape  # noqa: E402
 sys.path.remove(str(BENCH))
 
 SHAPE = DecoderShape(512, 2, 4, 2, 1536, 256, True, 1e4, True, 512)
-MORE = 3  # layers
+MORE = 6  # layers
 # Of a layer in float32: q and o, k and v, gate, up and down.
 LAYER = 4 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1536)
 
@@ -55,5 +55,6 @@ def test_private_memory_does_not_grow_with_the_number_of_layers(
         monkeypatch.setitem(models.DECODERS, "some", replace(SHAPE, layers=layers))
         models.write_hf("some", tmp_path / f"{layers}-hf", "BF16")
         peaks.append(private_bytes(tmp_path / f"{layers}-hf", tmp_path / f"{layers}", method))
-    # Layers that stayed would take MORE times LAYER. AWQ keeps their clips, LAYER / 128 each.
-    assert peaks[1] - peaks[0] < 0.5 * LAYER, peaks
+    # Layers that stayed would take MORE times LAYER. AWQ keeps their clips, LAYER / 128 each, and a
+    # peak that lies between two looks at a busy machine's memory is missed: 8 MB have been seen.
+    assert peaks[1] - peaks[0] < 1.5 * LAYER, peaks
