@@ -39,7 +39,10 @@ class SimilarityOnlyBackend final : public backend::Backend {
   Result<backend::ImportanceFn> importance(const quant::KvPageLayout&) const override {
     return none();
   }
-  Result<backend::EncoderAttentionFn> encoder_attention(int, const model::ActivationFormat&) const override { return none(); }
+  Result<backend::EncoderAttentionFn> encoder_attention(
+      int, const model::ActivationFormat&) const override {
+    return none();
+  }
   Result<backend::ActivationFn> activation(model::Activation) const override { return none(); }
   Result<backend::SimilarityFn> similarity() const override {
     if (similarity_ == nullptr) return none();
