@@ -123,11 +123,17 @@ TEST(ThreadPool, AThreadGetsConsecutiveItemsOfStreamsAndIsHelpedFromTheBack) {
   constexpr int64_t kItems = 100;
   std::vector<int64_t> order[2];
   std::atomic<int64_t> done{0};
+  std::atomic<bool> begun{false};
   pool.parallel_streams(kItems, [&](int64_t item, int thread) {
     order[thread].push_back(item);
+    // Nobody goes on before the first item is taken: a thread that the system starts late would
+    // find all of its half gone. Then its owner is the slow one.
+    if (item == 0) begun.store(true);
+    while (!begun.load()) std::this_thread::yield();
     while (item == 0 && done.load() < kItems - 1) std::this_thread::yield();
     done.fetch_add(1);
   });
+  ASSERT_FALSE(order[0].empty() || order[1].empty());
   const std::vector<int64_t>& slow = order[0].front() == 0 ? order[0] : order[1];
   const std::vector<int64_t>& quick = order[0].front() == 0 ? order[1] : order[0];
   EXPECT_EQ(slow, std::vector<int64_t>{0});
