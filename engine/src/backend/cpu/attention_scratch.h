@@ -21,9 +21,12 @@ struct AttentionScratch {
   AlignedBuffer<int16_t> q_codes, weight_codes;
 };
 
-// Of encoder attention with codes: those of a head, and a tile of queries on its way through it.
+// Of encoder attention: keys and values of a head, as floats or as codes, and a tile of queries on
+// its way through it.
 struct EncoderAttentionScratch {
-  AlignedBuffer<float> rows, k_scales, v_scales, scores, out;
+  AlignedBuffer<float> scores, out;
+  AlignedBuffer<float> k_rows, v_rows, q_panel;   // floats
+  AlignedBuffer<float> rows, k_scales, v_scales;  // codes
   AlignedBuffer<int32_t> k_starts;
   AlignedBuffer<uint32_t> k, v, q, pair;
   AlignedBuffer<int8_t> codes;

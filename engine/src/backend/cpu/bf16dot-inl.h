@@ -12,7 +12,7 @@
 #include <cstring>
 
 #include "hwy/highway.h"
-#include "src/backend/cpu/tiles-inl.h"
+#include "src/backend/cpu/pieces-inl.h"
 #include "src/core/aligned.h"
 #include "src/core/thread_pool.h"
 #include "src/quant/activations.h"

@@ -20,7 +20,7 @@
 #endif
 
 #include "hwy/highway.h"
-#include "src/backend/cpu/tiles-inl.h"
+#include "src/backend/cpu/pieces-inl.h"
 
 #undef FRAMEQUILT_DOT_NAMESPACE
 #if FRAMEQUILT_NEON_DOT == 2

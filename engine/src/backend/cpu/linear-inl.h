@@ -14,7 +14,7 @@
 #include <cstring>
 
 #include "hwy/highway.h"
-#include "src/backend/cpu/tiles-inl.h"
+#include "src/backend/cpu/pieces-inl.h"
 #include "src/core/aligned.h"
 #include "src/quant/activations.h"
 
@@ -258,8 +258,8 @@ HWY_NOINLINE void StreamUnits(const ops::LinearArgs& args, int64_t unit, int64_t
       }
     }
   }
-  Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE {
-    if (i % kUnits < count) Finish(args, i / kUnits, (unit + i % kUnits) * kLanes, acc[i]);
+  Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+    FinishUnits<kUnits>(args, r, unit, count, acc + r * kUnits);
   });
 }
 

@@ -34,81 +34,62 @@ bool NeedsCopy(int64_t stride, int64_t rows) {
   return rows > 4 && (stride * static_cast<int64_t>(sizeof(float))) % 4096 < 128;
 }
 
-// `next_column`: of the item that this thread is likely to get next.
-void PanelItem(const ops::LinearArgs& args, const PanelFormat& format, int64_t row_begin,
-               int64_t row_end, int64_t column_begin, int64_t column_end, int64_t next_column) {
-  const DF df;
+void PanelItem(const PanelPiece& item, const PanelFormat& format) {
+  const ops::LinearArgs& args = item.args;
   const LinearWeights& w = *args.w;
   PanelScratch& scratch = ThreadScratch();
-  const int64_t rows = row_end - row_begin;
-  const float* const x = args.x + row_begin * args.x_stride;
+  const int64_t rows = item.row_end - item.row_begin;
+  const float* const x = args.x + item.row_begin * args.x_stride;
   const bool copy = NeedsCopy(args.x_stride, rows);
   constexpr int64_t kCopyStride = kInputBlock + 16;
   if (copy) scratch.rows.reserve(static_cast<size_t>(kRowBlock * kCopyStride));
-  const auto ask_for = [&](int64_t column, int64_t begin) {
-    return AskFor(w, format.tile_stride, format.bytes_per_32, column, kPanelColumns, begin,
-                  std::min<int64_t>(begin + kInputBlock, w.in));
+  const auto vectors_of = [&](int64_t column) {
+    return std::min(kPanelColumns, item.column_end - column) / kLanes;
   };
-  for (int64_t begin = 0; begin < w.in; begin += kInputBlock) {
-    const int64_t end = std::min<int64_t>(begin + kInputBlock, w.in);
-    GemmBlock g;
-    g.a = x + begin;
-    g.a_stride = args.x_stride;
-    if (copy) {
-      for (int64_t r = 0; r < rows; ++r) {
-        std::memcpy(scratch.rows.data() + r * kCopyStride, x + r * args.x_stride + begin,
-                    static_cast<size_t>(end - begin) * sizeof(float));
-      }
-      g.a = scratch.rows.data();
-      g.a_stride = kCopyStride;
-    }
-    g.k = end - begin;
-    g.first = begin == 0;
-    g.b = scratch.panel.data();
-    g.c_stride = kGroupColumns;
-    for (int64_t column = column_begin; column < column_end; column += kPanelColumns) {
-      const int64_t vectors = std::min(kPanelColumns, column_end - column) / kLanes;
-      g.b_stride = vectors * kLanes;
-      for (int64_t v = 0; v < vectors; ++v) {
-        format.dequantize(w, column / kLanes + v, begin, end, scratch.panel.data() + v * kLanes,
-                          g.b_stride);
-      }
-      g.c = scratch.sums.data() + (column - column_begin);
-      WeightsAhead ahead = column + kPanelColumns < column_end
-                               ? ask_for(column + kPanelColumns, begin)
-                           : end < w.in ? ask_for(column_begin, end)
-                                        : ask_for(next_column, 0);
-      const int64_t lines = ahead.lines();
-      const bool last = column + kPanelColumns >= column_end && end == w.in;
-      // With the last products, a tile's outputs are asked for before it and written after it, so
-      // that the writing of one goes on while the next one is multiplied.
-      const int64_t out_end = std::min<int64_t>(column_end, w.out);
-      const auto before = [&](int64_t first, int64_t count) {
-        ahead.Ask((lines * count + rows - 1) / rows);
-        if (last) AskForOutputs(args, row_begin + first, count, column_begin, out_end);
-      };
-      const auto after = [&](int64_t first, int64_t count) {
-        if (!last) return;
-        for (int64_t r = first; r < first + count; ++r) {
-          const float* const sums = scratch.sums.data() + r * kGroupColumns;
-          for (int64_t c = column_begin; c < out_end; c += kLanes)
-            Finish(args, row_begin + r, c, hn::Load(df, sums + c - column_begin));
+  ForPanels(
+      item, w.in, kInputBlock, kPanelColumns,
+      [&](const LinearWeights& next, int64_t column, int64_t begin) {
+        return AskFor(next, format.tile_stride, format.bytes_per_32, column, kPanelColumns, begin,
+                      std::min<int64_t>(begin + kInputBlock, w.in));
+      },
+      [&](int64_t begin, int64_t end, int64_t column) {
+        if (copy && column == item.column_begin) {
+          for (int64_t r = 0; r < rows; ++r) {
+            std::memcpy(scratch.rows.data() + r * kCopyStride, x + r * args.x_stride + begin,
+                        static_cast<size_t>(end - begin) * sizeof(float));
+          }
         }
-      };
-      if (vectors == 2) {
-        GemmPanel<2>(g, rows, before, after);
-      } else {
-        GemmPanel<1>(g, rows, before, after);
-      }
-    }
-  }
+        const int64_t vectors = vectors_of(column);
+        for (int64_t v = 0; v < vectors; ++v) {
+          format.dequantize(w, column / kLanes + v, begin, end, scratch.panel.data() + v * kLanes,
+                            vectors * kLanes);
+        }
+      },
+      [&](int64_t begin, int64_t end, int64_t column, const auto& before, const auto& after) {
+        GemmBlock g;
+        g.a = copy ? scratch.rows.data() : x + begin;
+        g.a_stride = copy ? kCopyStride : args.x_stride;
+        g.k = end - begin;
+        g.first = begin == 0;
+        g.b = scratch.panel.data();
+        g.b_stride = vectors_of(column) * kLanes;
+        g.c = scratch.sums.data() + (column - item.column_begin);
+        g.c_stride = kGroupColumns;
+        if (vectors_of(column) == 2) {
+          GemmPanel<2>(g, rows, before, after);
+        } else {
+          GemmPanel<1>(g, rows, before, after);
+        }
+      },
+      [&](int64_t row, int64_t columns) {
+        FinishColumns(args, item.row_begin + row, item.column_begin, columns,
+                      scratch.sums.data() + row * kGroupColumns);
+      });
 }
 
 void RunPanels(const ops::LinearArgs& args, ThreadPool& pool, const PanelFormat& format) {
   PanelPieces(args, pool, kRowBlock, kGroupColumns, kPanelColumns,
-              [&](const ops::LinearArgs& one, int64_t row_begin, int64_t row_end, int64_t begin,
-                  int64_t end,
-                  int64_t next) { PanelItem(one, format, row_begin, row_end, begin, end, next); });
+              [&](const PanelPiece& piece) { PanelItem(piece, format); });
 }
 
 void LinearF32(const ops::LinearArgs& args, ThreadPool& pool) { RunLinear<F32Format>(args, pool); }

@@ -111,10 +111,8 @@ HWY_NOINLINE void StreamPairs(const ops::LinearArgs& args, const RoundedInputs& 
       });
     });
   }
-  Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE {
-    if (i / kUnits < rows && i % kUnits < count) {
-      Finish(args, row + i / kUnits, (unit + i % kUnits) * kLanes, sums[i]);
-    }
+  Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+    if (r < rows) FinishUnits<kUnits>(args, row + r, unit, count, sums + r * kUnits);
   });
 }
 
@@ -284,9 +282,9 @@ void PairItem(const PanelPiece& item, const RoundedInputs& inputs) {
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
   ForPanels(
       item, padded, kPairInputs, kPairColumns,
-      [&](int64_t column, int64_t begin) {
-        return AskFor(w, Format::TileStride(w), Format::kBytesPer32, column, kPairColumns, begin,
-                      std::min(begin + kPairInputs, padded));
+      [&](const LinearWeights& next, int64_t column, int64_t begin) {
+        return AskFor(next, Format::TileStride(next), Format::kBytesPer32, column, kPairColumns,
+                      begin, std::min(begin + kPairInputs, padded));
       },
       [&](int64_t begin, int64_t end, int64_t column) {
         for (int64_t v = 0; v < kPairVectors; ++v) {
@@ -310,9 +308,9 @@ void PairItem(const PanelPiece& item, const RoundedInputs& inputs) {
         b.sums = scratch.sums.data() + (column - item.column_begin);
         PairPanel(b, item.row_end - item.row_begin, before, after);
       },
-      [&](int64_t row, int64_t column) {
-        const float* const sums = scratch.sums.data() + row * kPairSumStride + column;
-        Finish(item.args, item.row_begin + row, item.column_begin + column, hn::Load(DF(), sums));
+      [&](int64_t row, int64_t columns) {
+        FinishColumns(item.args, item.row_begin + row, item.column_begin, columns,
+                      scratch.sums.data() + row * kPairSumStride);
       });
 }
 
@@ -324,10 +322,7 @@ void RunPairs(const ops::LinearArgs& args, ThreadPool& pool) {
   const RoundedInputs inputs = RoundInputs<Format::kInOrder>(args, pool, span);
   if (args.rows <= kPairStreamRows) return StreamAllPairs<Format>(args, inputs, pool);
   PanelPieces(args, pool, kPairRowBlock, kPairGroupColumns, kPairColumns,
-              [&](const ops::LinearArgs& one, int64_t row_begin, int64_t row_end, int64_t begin,
-                  int64_t end, int64_t next) {
-                PairItem<Format>({one, row_begin, row_end, begin, end, next}, inputs);
-              });
+              [&](const PanelPiece& piece) { PairItem<Format>(piece, inputs); });
 }
 
 void Bf16DotBF16(const ops::LinearArgs& args, ThreadPool& pool) {

@@ -47,14 +47,15 @@ HWY_INLINE VF AddSpan(VF sum, VI products, SpanNumbers n, float inputs) {
   return hn::MulAdd(n.shift, hn::Set(DF(), inputs), sum);
 }
 
-HWY_INLINE void FinishInteger(const ops::LinearArgs& args, const Inputs& inputs, int64_t row,
-                              int64_t column, VF sum) {
+// The sum of a vector of columns, of inputs that are code minus zero times scale.
+HWY_INLINE VF ScaledSum(const ops::LinearArgs& args, const Inputs& inputs, int64_t row,
+                        int64_t column, VF sum) {
   const DF df;
   if (!args.activations.symmetric) {
     const VF row_sums = hn::LoadU(df, args.w->row_sums + column);
     sum = hn::MulAdd(hn::Set(df, -inputs.zeros[row]), row_sums, sum);
   }
-  Finish(args, row, column, hn::Mul(sum, hn::Set(df, inputs.scales[row])));
+  return hn::Mul(sum, hn::Set(df, inputs.scales[row]));
 }
 
 // --- Few rows: weights through registers -----------------------------------------------------
@@ -127,10 +128,13 @@ HWY_NOINLINE void IntegerStreamUnits(const ops::LinearArgs& args, const Inputs& 
       });
     });
   }
-  Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE {
-    if (i / kUnits < rows && i % kUnits < count) {
-      FinishInteger(args, inputs, row + i / kUnits, (unit + i % kUnits) * kLanes, sums[i]);
-    }
+  Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+    if (r >= rows) return;
+    Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+      VF& sum = sums[r * kUnits + u];
+      sum = ScaledSum(args, inputs, row + r, unit_of(u) * kLanes, sum);
+    });
+    FinishUnits<kUnits>(args, row + r, unit, count, sums + r * kUnits);
   });
 }
 
@@ -393,8 +397,8 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
   ForPanels(
       item, padded, kIntegerInputs, kIntegerColumns,
-      [&](int64_t column, int64_t begin) {
-        return AskFor(w, w.padded_in() / 32 * SuperblockBytes(kBits), SuperblockBytes(kBits),
+      [&](const LinearWeights& next, int64_t column, int64_t begin) {
+        return AskFor(next, next.padded_in() / 32 * SuperblockBytes(kBits), SuperblockBytes(kBits),
                       column, kIntegerColumns, begin, std::min(begin + kIntegerInputs, padded));
       },
       [&](int64_t begin, int64_t end, int64_t column) {
@@ -417,20 +421,21 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
         b.sums = scratch.sums.data() + (column - item.column_begin);
         IntegerPanel<kDotPlanes<kBits>>(b, item.row_end - item.row_begin, before, after);
       },
-      [&](int64_t row, int64_t column) {
-        const float* const sums = scratch.sums.data() + row * kIntegerSumStride + column;
-        FinishInteger(item.args, inputs, item.row_begin + row, item.column_begin + column,
-                      hn::Load(DF(), sums));
+      [&](int64_t row, int64_t columns) {
+        float* const sums = scratch.sums.data() + row * kIntegerSumStride;
+        const int64_t r = item.row_begin + row;
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          const VF sum = hn::Load(DF(), sums + c);
+          hn::Store(ScaledSum(item.args, inputs, r, item.column_begin + c, sum), DF(), sums + c);
+        }
+        FinishColumns(item.args, r, item.column_begin, columns, sums);
       });
 }
 
 template <int kBits>
 void IntegerPanels(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool& pool) {
   PanelPieces(args, pool, kIntegerRowBlock, kIntegerGroupColumns, kIntegerColumns,
-              [&](const ops::LinearArgs& one, int64_t row_begin, int64_t row_end, int64_t begin,
-                  int64_t end, int64_t next) {
-                IntegerItem<kBits>({one, row_begin, row_end, begin, end, next}, inputs);
-              });
+              [&](const PanelPiece& piece) { IntegerItem<kBits>(piece, inputs); });
 }
 
 template <int kBits>
