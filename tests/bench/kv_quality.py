@@ -1,10 +1,10 @@
-"""How far quantized KV caches move the predictions of a real model.
+"""How far quantized KV caches, or inputs of linears, move the predictions of a real model.
 
     PYTHONPATH=python python tests/bench/kv_quality.py TEXT... --tokens 384
 
-Converts SmolLM2-135M-Instruct (fetched as the tests do) to float32 and runs the first `--tokens`
+Converts SmolLM2-135M-Instruct (fetched as the tests do) to `--weights` and runs the first `--tokens`
 tokens of every text once per format. Prints for each format the mean KL divergence of the next
-token's distribution from that with kv32, its 99th percentile, the share of equal most likely
+token's distribution from that with kv32 and float32 inputs, its 99th percentile, the share of equal most likely
 tokens, and the bytes of KV per token. Needs nothing but the compiled engine.
 """
 
@@ -46,17 +46,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("texts", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=384)
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS))
+    parser.add_argument("--weights", default="f32")
+    parser.add_argument(
+        "--activations", nargs="*", default=[], help="inputs of all linears, with kv32: abf16 a8 ..."
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "f32"
-        convert(smollm2_gguf(), path, weights="f32", kv="kv32")
+        convert(smollm2_gguf(), path, weights=args.weights, kv="kv32")
         config = ModelDirectory(path).config
         tokenizer = Tokenizer.open(path, config["tokens"]["tokenizer"])
         prompts = [tokenizer.encode(text.read_text())[: args.tokens] for text in args.texts]
 
-        def run(kv: str) -> list[NDArray[np.float64]]:
-            engine = NativeEngine(path, kv=kv, memory_bytes=1 << 30, max_context=1024)
+        def run(kv: str, activations: str = "a16") -> list[NDArray[np.float64]]:
+            engine = NativeEngine(
+                path, kv=kv, activations=activations, memory_bytes=1 << 30, max_context=1024
+            )
             rows = []
             for prompt in prompts:
                 logits = engine.run(prompt, return_prompt_logits=True).prompt_logits
@@ -70,9 +76,11 @@ def main() -> None:
         print(f"{len(prompts)} texts, {total} tokens, head_dim {attention['head_dim']}")
         print("| format | bytes per token | mean KL | 99th percentile | same first choice |")
         print("|---|---|---|---|---|")
-        for kv in args.formats:
+        for kv, inputs in [(kv, "a16") for kv in args.formats] + [
+            ("kv32", f"{inputs},head={inputs}") for inputs in args.activations
+        ]:
             kl, same = [], []
-            for got, want in zip(run(kv), exact, strict=True):
+            for got, want in zip(run(kv, inputs), exact, strict=True):
                 kl.append((np.exp(want) * (want - got)).sum(axis=1))
                 same.append(got.argmax(axis=1) == want.argmax(axis=1))
             form = parse_kv_format(kv)
@@ -82,7 +90,7 @@ def main() -> None:
             )
             all_kl = np.concatenate(kl)
             print(
-                f"| `{kv}` | {size * attention['kv_heads']:,.0f} | {all_kl.mean():.2g} | "
+                f"| `{kv if inputs == 'a16' else inputs}` | {size * attention['kv_heads']:,.0f} | {all_kl.mean():.2g} | "
                 f"{np.quantile(all_kl, 0.99):.2g} | {np.concatenate(same).mean():.1%} |",
                 flush=True,
             )
