@@ -49,7 +49,10 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
     parser.add_argument("--weights", default="f32")
     parser.add_argument(
-        "--activations", nargs="*", default=[], help="inputs of all linears, with kv32: abf16 a8 ..."
+        "--activations",
+        nargs="*",
+        default=[],
+        help="inputs of all linears, with kv32: abf16 a8 ...",
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

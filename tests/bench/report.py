@@ -64,6 +64,8 @@ def _target_text(target: Target) -> str:
         return f"{target.factor:g}x"
     if target.limit_share is not None:
         return f"{target.limit_share:.0%} of the limit"
+    if target.most_share is not None:
+        return f"under {target.most_share:.0%}"
     return f"{target.seconds:g} s" if target.seconds is not None else ""
 
 
@@ -86,6 +88,9 @@ def _judge(
         row["peer"] = {"name": "read bandwidth", "median": read, "used_gbytes_per_s": used}
         row["ratio"] = used / read
         row["reached"] = row["ratio"] >= target.limit_share
+    elif target.most_share is not None:
+        row["ratio"] = ours.detail[target.part] / ours.detail["seconds"]
+        row["reached"] = row["ratio"] < target.most_share
     elif peer is not None:
         row["peer"] = peer.to_json()
         quotient = ours.median / peer.median
@@ -190,6 +195,15 @@ def _cell(series: dict[str, Any] | None) -> str:
     return f"{text} ({_number(series['min'])}-{_number(series['max'])})"
 
 
+def _ratio(row: dict[str, Any]) -> str:
+    ratio, target = row["ratio"], row["target"]
+    if ratio is None or target.endswith(" s"):
+        return "-"
+    if target.startswith("under "):
+        return f"{ratio:.2%}"
+    return f"{ratio:.0%}" if "of the limit" in target else f"{ratio:.2f}x"
+
+
 def _limits(limits: dict[str, Any]) -> list[str]:
     """What the machine could do before and after a call, one text each."""
     texts = []
@@ -239,11 +253,7 @@ def markdown(document: dict[str, Any]) -> str:
     notes: list[str] = []
     for row in document["rows"]:
         mark = {True: "yes", False: "**no**", None: "-"}[row["reached"]]
-        share = "of the limit" in row["target"]
-        ratio = row["ratio"]
-        text = "-" if ratio is None else f"{ratio:.0%}" if share else f"{ratio:.2f}x"
-        if row["target"].endswith(" s"):
-            text = "-"
+        text = _ratio(row)
         star = ""
         if row["notes"]:
             listed = "; ".join(row["notes"])

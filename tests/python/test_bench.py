@@ -314,6 +314,21 @@ def test_share_of_the_bandwidth_counts_a_step_of_a_batch_once() -> None:
     assert row["reached"] is False
 
 
+def test_a_part_of_the_time_has_to_stay_below_its_share() -> None:
+    target = Target("x", ("w4",), part="stage_s", most_share=0.01)
+    bench = Bench("b", "b", "s", [target], higher_is_better=False)
+    below = _judged(bench, _series("w4", [9.0], seconds=10.0, stage_s=0.09))
+    assert below["ratio"] == pytest.approx(0.009)
+    assert below["reached"] is True
+    assert _judged(bench, _series("w4", [9.0], seconds=10.0, stage_s=0.11))["reached"] is False
+    document = {
+        "machine": "m", "threads": 1, "date": "d", "revision": "r", "samples": 1,
+        "clock": "wall time", "versions": {}, "limits": {}, "runs": [{}], "budget": [],
+        "rows": [below],
+    }  # fmt: skip
+    assert "| 0.90% | under 1% | yes |" in report.markdown(document)
+
+
 def test_a_read_bandwidth_that_changed_around_a_bench_is_said() -> None:
     bench = Bench("b", "b", "tok/s", [Target("x", ("w4",), limit_share=0.85)])
     ours = _series("w4", [10.0], bytes_per_step=2e9, batch=1)

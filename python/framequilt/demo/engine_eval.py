@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -109,7 +110,8 @@ def table_of(results: dict[str, dict[str, Any]]) -> Table:
     table.add_column("kind")
     columns = [(name, cost) for name, by_cost in results.items() for cost in by_cost]
     for name, cost in columns:
-        table.add_column(f"{name}\ncost {cost}", justify="right")
+        header = name.replace("/", "\n").replace(",", ",\n")
+        table.add_column(f"{header}\ncost {cost}", justify="right", overflow="fold")
     for kind in KINDS:
         cells = []
         for name, cost in columns:
@@ -156,7 +158,8 @@ def main() -> None:
             convert(args.checkpoint, model, weights=weights, kv=kv, activations=inputs)
             with Engine(model, memory="512MiB") as engine:
                 results[name] = run(engine, scenes, costs, name)
-    Console().print(table_of(results))
+    # A file takes any width: nothing has to be folded.
+    Console(width=None if sys.stdout.isatty() else 400).print(table_of(results))
     if args.out:
         args.out.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -54,17 +54,18 @@ class WeightsAhead {
 
  private:
   static constexpr int64_t kLine = 64;
+  static constexpr int kMostTables = 4;  // codes, scales, zeros, offsets
   struct Table {
     const std::byte* first = nullptr;
     int64_t tile_stride = 0, bytes = 0;
   };
   void Enter() {
-    const Table& t = tables_[std::min(table_, 3)];
+    const Table& t = tables_[std::min(table_, kMostTables - 1)];
     at_ = t.first + tile_ * t.tile_stride;
     end_ = at_ + t.bytes;
   }
 
-  Table tables_[4];
+  Table tables_[kMostTables];
   int64_t tiles_, lines_ = 0, tile_ = 0;
   int count_ = 0, table_ = 0;
   const std::byte *at_ = nullptr, *end_ = nullptr;
