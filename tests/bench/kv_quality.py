@@ -2,10 +2,10 @@
 
     PYTHONPATH=python python tests/bench/kv_quality.py TEXT... --tokens 384
 
-Converts SmolLM2-135M-Instruct (fetched as the tests do) to `--weights` and runs the first `--tokens`
-tokens of every text once per format. Prints for each format the mean KL divergence of the next
-token's distribution from that with kv32 and float32 inputs, its 99th percentile, the share of equal most likely
-tokens, and the bytes of KV per token. Needs nothing but the compiled engine.
+Converts SmolLM2-135M-Instruct (fetched as the tests do) to `--weights` and runs the first
+`--tokens` tokens of every text once per format. Prints for each format the mean KL divergence of
+the next token's distribution from that with kv32 and float32 inputs, its 99th percentile, the share
+of equal most likely tokens, and the bytes of KV per token. Needs nothing but the compiled engine.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def main() -> None:
         print(f"{len(prompts)} texts, {total} tokens, head_dim {attention['head_dim']}")
         print("| format | bytes per token | mean KL | 99th percentile | same first choice |")
         print("|---|---|---|---|---|")
-        for kv, inputs in [(kv, "a16") for kv in args.formats] + [
-            ("kv32", f"{inputs},head={inputs}") for inputs in args.activations
-        ]:
+        rows = [(kv, kv, "a16") for kv in args.formats]
+        rows += [(a, "kv32", f"{a},head={a}") for a in args.activations]
+        for name, kv, inputs in rows:
             kl, same = [], []
             for got, want in zip(run(kv, inputs), exact, strict=True):
                 kl.append((np.exp(want) * (want - got)).sum(axis=1))
@@ -93,7 +93,7 @@ def main() -> None:
             )
             all_kl = np.concatenate(kl)
             print(
-                f"| `{kv if inputs == 'a16' else inputs}` | {size * attention['kv_heads']:,.0f} | {all_kl.mean():.2g} | "
+                f"| `{name}` | {size * attention['kv_heads']:,.0f} | {all_kl.mean():.2g} | "
                 f"{np.quantile(all_kl, 0.99):.2g} | {np.concatenate(same).mean():.1%} |",
                 flush=True,
             )
