@@ -115,6 +115,31 @@ HWY_INLINE void KeepInRegister(VS& v) {
 #endif
 }
 
+// Adds the pair products of one word of inputs with two of codes.
+HWY_INLINE void AddPairProducts(VU codes0, VU codes1, const int8_t* inputs, VS& sum0, VS& sum1) {
+#if HWY_TARGET == HWY_AVX2
+  // In assembly, because 12 sums beside the operands take all 16 registers: the compiler would
+  // reorder the loads and keep some sums in memory.
+  VS products, words;
+  __asm__(
+      "vpbroadcastd %4, %3\n\t"
+      "vpmaddubsw %3, %5, %2\n\t"
+      "vpmaddubsw %3, %6, %3\n\t"
+      "vpaddw %2, %0, %0\n\t"
+      "vpaddw %3, %1, %1"
+      : "+x"(sum0.raw), "+x"(sum1.raw), "=&x"(products.raw), "=&x"(words.raw)
+      : "m"(*reinterpret_cast<const int8_t(*)[4]>(inputs)), "x"(codes0.raw), "x"(codes1.raw));
+#else
+  uint32_t word;
+  __builtin_memcpy(&word, inputs, sizeof word);
+  const VU words = hn::Set(DU(), word);
+  sum0 = hn::Add(sum0, PairProducts(codes0, words));
+  KeepInRegister(sum0);
+  sum1 = hn::Add(sum1, PairProducts(codes1, words));
+  KeepInRegister(sum1);
+#endif
+}
+
 // Lane i: sum + kFactor * (pairs of lanes 2i and 2i+1).
 template <int kFactor>
 HWY_INLINE VI AddPairs(VI sum, VS pairs) {
@@ -146,6 +171,12 @@ constexpr int kDotPlanes = kBits > kWholeBits ? 2 : 1;
 // Add()s until Flush() is due: pair sums of a plane are at most 2 * 15 * 128, and 8 of them fit.
 constexpr int kDotPeriod = 8;
 static_assert(kDotPeriod * 2 * 15 * 128 <= 32767);
+// Longer where the inputs are known to allow it: up to kPairBlock of them, 4i and 4i + 1 in one
+// pair sum, 4i + 2 and 4i + 3 in the other. Sums on the way may overflow; the last one is right if
+// it fits int16, and it does if neither the positive nor the negative inputs of a pair sum add up
+// to more than kMostPairInputs.
+constexpr int64_t kPairBlock = 128;
+constexpr int kMostPairInputs = 32767 / 15;
 
 // One accumulator: kLanes sums. Total() is complete after a Flush().
 #if FRAMEQUILT_DIRECT_DOT
@@ -192,6 +223,9 @@ struct DotSum {
   HWY_INLINE VI Total() const { return total; }
 };
 #endif
+
+// A sum that a dot product instruction adds to takes one register instead of two.
+constexpr bool kManySums = kManyRegisters || FRAMEQUILT_DIRECT_DOT;
 
 // The planes of a word of codes.
 template <int kBits>

@@ -21,6 +21,8 @@ HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
 #if FRAMEQUILT_HAVE_DOT
+// Extensions of a target differ in what they need to know of their inputs.
+inline namespace FRAMEQUILT_DOT_NAMESPACE {
 
 // The quantized rows of one call: what every output needs.
 struct Inputs {
@@ -31,11 +33,16 @@ struct Inputs {
   int64_t span = 0;               // inputs of a span
   const float* scales = nullptr;  // [rows]
   const float* zeros = nullptr;   // [rows]
+  // [rows, blocks], where products are added up in pairs: after how many words of 4 inputs they
+  // have to leave int16. A block is a span, or kPairBlock inputs of a longer one.
+  const uint8_t* periods = nullptr;
+  int64_t blocks = 0, block = 0;
 };
 
 struct InputScratch {
   AlignedBuffer<int8_t> codes;
   AlignedBuffer<float> sums, scales, zeros;
+  AlignedBuffer<uint8_t> periods;
 };
 
 struct Range {
@@ -63,19 +70,55 @@ HWY_INLINE Range RangeOf(const float* x, int64_t n) {
   return range;
 }
 
-// quant::quantize_row, and the sums of the codes.
+// Codes of inputs in sequence: their sum, and how much the positive and the negative ones of each
+// pair sum add up to.
+struct PairInputs {
+  VI positive, sum;
+  int32_t rest_sum, rest[2];  // of codes that came alone
+
+  HWY_INLINE void Start() {
+    positive = sum = hn::Zero(DI());
+    rest_sum = rest[0] = rest[1] = 0;
+  }
+  HWY_INLINE void Add(VI codes) {
+    positive = hn::Add(positive, hn::Max(codes, hn::Zero(DI())));
+    sum = hn::Add(sum, codes);
+  }
+  HWY_INLINE void AddOne(int64_t input, int32_t code) {
+    rest[input % 4 / 2] += code > 0 ? code : -code * (1 << 16);
+    rest_sum += code;
+  }
+  HWY_INLINE int32_t Sum() const { return hn::GetLane(hn::SumOfLanes(DI(), sum)) + rest_sum; }
+  // Positive codes in the lower half of a word, negative ones in the upper: of kPairBlock inputs
+  // they stay below 2^13.
+  HWY_INLINE void AddPairs(int32_t (&pairs)[2]) const {
+    HWY_ALIGN int32_t lanes[kLanes];
+    hn::Store(hn::Add(positive, hn::ShiftLeft<16>(hn::Sub(positive, sum))), DI(), lanes);
+    for (int i = 0; i < 2; ++i) pairs[i] += rest[i];
+    for (int lane = 0; lane < kLanes; ++lane) pairs[lane % 4 / 2] += lanes[lane];
+  }
+  static bool Fit(const int32_t (&pairs)[2]) {
+    const int32_t low = std::max(pairs[0] & 0xFFFF, pairs[1] & 0xFFFF);
+    return std::max({low, pairs[0] >> 16, pairs[1] >> 16}) <= kMostPairInputs;
+  }
+};
+
+// quant::quantize_row, the sums of the codes of spans, and the periods of blocks (may be
+// null).
 inline HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t span,
                                      model::ActivationFormat format, int8_t* codes, float* sums,
-                                     float* scale_out, float* zero_out) {
+                                     uint8_t* periods, float* scale_out, float* zero_out) {
   const DF df;
   const DI di;
   const hn::Rebind<int8_t, DF> d8;
   const int half = 1 << (format.bits - 1);
+  const int64_t block = std::min(span, kPairBlock);
   std::memset(codes + n, 0, static_cast<size_t>(padded - n));
   const Range range = RangeOf(x, n);
   if (!range.finite) {
     std::memset(codes, 0, static_cast<size_t>(n));
     std::fill(sums, sums + (n + span - 1) / span, 0.0f);
+    if (periods != nullptr) std::fill(periods, periods + (n + block - 1) / block, kDotPeriod);
     *scale_out = std::numeric_limits<float>::quiet_NaN();
     *zero_out = 0.0f;
     return;
@@ -98,22 +141,36 @@ inline HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, 
     const VF rounded = hn::Add(hn::Round(hn::Div(v, divisor)), shift);
     return hn::ConvertTo(di, hn::Min(hn::Max(rounded, low), high));
   };
-  for (int64_t begin = 0; begin < n; begin += span) {
-    const int64_t end = std::min(begin + span, n);
-    VI sum = hn::Zero(di);
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      const VI q = code(hn::LoadU(df, x + i));
-      sum = hn::Add(sum, q);
-      hn::StoreU(hn::DemoteTo(d8, q), d8, codes + i);
+  constexpr int64_t kHalf = kPairBlock / 2;
+  for (int64_t begin = 0; begin < n; begin += block) {
+    const int64_t end = std::min(begin + block, n);
+    int32_t of_block[2] = {}, sum = 0;
+    bool halves_fit = true;
+    for (int64_t i = begin; i < end;) {
+      const int64_t half_end = std::min(i + kHalf, end);
+      PairInputs inputs;
+      inputs.Start();
+      for (; i + kLanes <= half_end; i += kLanes) {
+        const VI q = code(hn::LoadU(df, x + i));
+        inputs.Add(q);
+        hn::StoreU(hn::DemoteTo(d8, q), d8, codes + i);
+      }
+      for (; i < half_end; ++i) {
+        const int q = hn::GetLane(code(hn::Set(df, x[i])));
+        codes[i] = static_cast<int8_t>(q);
+        inputs.AddOne(i, q);
+      }
+      sum += inputs.Sum();
+      if (periods == nullptr) continue;
+      int32_t of_half[2] = {};
+      inputs.AddPairs(of_half);
+      halves_fit = halves_fit && PairInputs::Fit(of_half);
+      for (int pair = 0; pair < 2; ++pair) of_block[pair] += of_half[pair];
     }
-    int rest = 0;
-    for (; i < end; ++i) {
-      const int q = hn::GetLane(code(hn::Set(df, x[i])));
-      codes[i] = static_cast<int8_t>(q);
-      rest += q;
-    }
-    sums[begin / span] = static_cast<float>(hn::GetLane(hn::SumOfLanes(di, sum)) + rest);
+    float& of_span = sums[begin / span];
+    of_span = static_cast<float>(sum) + (begin % span == 0 ? 0.0f : of_span);
+    if (periods == nullptr) continue;
+    *periods++ = PairInputs::Fit(of_block) ? kPairBlock / 4 : halves_fit ? kHalf / 4 : kDotPeriod;
   }
 }
 
@@ -127,19 +184,24 @@ inline Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
   inputs.stride = padded + (padded % 1024 < 64 ? 64 : 0);
   inputs.span = std::min<int64_t>(w.group, quant::kIntegerSpan);
   inputs.spans = (w.in + inputs.span - 1) / inputs.span;
+  inputs.block = std::min(inputs.span, kPairBlock);
+  inputs.blocks = (w.in + inputs.block - 1) / inputs.block;
   const size_t rows = static_cast<size_t>(args.rows);
   scratch.codes.reserve(rows * static_cast<size_t>(inputs.stride));
   scratch.sums.reserve(rows * static_cast<size_t>(inputs.spans));
   scratch.scales.reserve(rows);
   scratch.zeros.reserve(rows);
+  if (!FRAMEQUILT_DIRECT_DOT) scratch.periods.reserve(rows * static_cast<size_t>(inputs.blocks));
   inputs.codes = scratch.codes.data();
   inputs.sums = scratch.sums.data();
   inputs.scales = scratch.scales.data();
   inputs.zeros = scratch.zeros.data();
+  inputs.periods = scratch.periods.data();
   const auto quantize = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       QuantizeRow(args.x + r * args.x_stride, w.in, padded, inputs.span, args.activations,
                   scratch.codes.data() + r * inputs.stride, scratch.sums.data() + r * inputs.spans,
+                  FRAMEQUILT_DIRECT_DOT ? nullptr : scratch.periods.data() + r * inputs.blocks,
                   scratch.scales.data() + r, scratch.zeros.data() + r);
     }
   };
@@ -156,6 +218,7 @@ inline Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
   return inputs;
 }
 
+}  // namespace FRAMEQUILT_DOT_NAMESPACE
 #endif
 }  // namespace HWY_NAMESPACE
 }  // namespace fq::backend::cpu

@@ -1,0 +1,269 @@
+// Integer linears of few rows: the packed weights are read once and go through registers. Also how
+// the integer sums of a span become float32. Included once per SIMD target and extension.
+#if defined(FRAMEQUILT_CPU_INTEGER_STREAM_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FRAMEQUILT_CPU_INTEGER_STREAM_INL_H_
+#undef FRAMEQUILT_CPU_INTEGER_STREAM_INL_H_
+#else
+#define FRAMEQUILT_CPU_INTEGER_STREAM_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstddef>
+
+#include "hwy/highway.h"
+#include "src/backend/cpu/integer_inputs-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace fq::backend::cpu {
+namespace HWY_NAMESPACE {
+inline namespace FRAMEQUILT_DOT_NAMESPACE {
+#if FRAMEQUILT_HAVE_DOT
+
+// --- Sums of spans -------------------------------------------------------------------------------
+
+// Parameters of one span of a unit: value = code * scale + shift.
+struct SpanNumbers {
+  VF scale, shift;
+};
+
+HWY_INLINE SpanNumbers LoadSpan(const LinearWeights& w, int64_t unit, int64_t group) {
+  SpanNumbers n;
+  n.scale = LoadScales(w, unit, group);
+  n.shift = w.offsets != nullptr ? LoadNumbers(w, w.offsets, unit, group)
+                                 : hn::Mul(hn::Neg(LoadZeros(w, unit, group)), n.scale);
+  return n;
+}
+
+HWY_INLINE VF AddSpan(VF sum, VI products, SpanNumbers n, float inputs) {
+  sum = hn::MulAdd(n.scale, hn::ConvertTo(DF(), products), sum);
+  return hn::MulAdd(n.shift, hn::Set(DF(), inputs), sum);
+}
+
+// The sum of a vector of columns, of inputs that are code minus zero times scale.
+HWY_INLINE VF ScaledSum(const ops::LinearArgs& args, const Inputs& inputs, int64_t row,
+                        int64_t column, VF sum) {
+  const DF df;
+  if (!args.activations.symmetric) {
+    const VF row_sums = hn::LoadU(df, args.w->row_sums + column);
+    sum = hn::MulAdd(hn::Set(df, -inputs.zeros[row]), row_sums, sum);
+  }
+  return hn::Mul(sum, hn::Set(df, inputs.scales[row]));
+}
+
+#if !FRAMEQUILT_DIRECT_DOT
+// After how many words the pair sums of a block have to leave int16, for all of kRows rows: periods
+// lie `stride` apart.
+template <int kRows>
+HWY_INLINE int64_t LeastPeriod(const uint8_t* periods, int64_t stride) {
+  int least = periods[0];
+  for (int r = 1; r < kRows; ++r) least = std::min<int>(least, periods[r * stride]);
+  return least;
+}
+#endif
+
+// --- Weights through registers -------------------------------------------------------------------
+
+// kUnits units of columns times kRows rows. Of `count` units from `unit` on and `rows` rows from
+// `row` on: what is missing repeats the last one and is not stored.
+template <int kBits, int kRows, int kUnits>
+class StreamTile {
+ public:
+  StreamTile(const ops::LinearArgs& args, const Inputs& inputs, int64_t row, int64_t rows,
+             int64_t unit, int64_t count)
+      : args_(args),
+        inputs_(inputs),
+        w_(*args.w),
+        data_(static_cast<const std::byte*>(w_.data)),
+        tile_stride_(w_.padded_in() / 32 * SuperblockBytes(kBits)),
+        row_(row),
+        rows_(rows),
+        unit_(unit),
+        count_(count) {}
+
+  HWY_NOINLINE void Run() const {
+    const int64_t padded = w_.padded_in();
+    VF sums[kRows * kUnits];
+    Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { sums[i] = hn::Zero(DF()); });
+    int64_t span = 0;
+    for (int64_t begin = 0; begin < w_.in; begin += inputs_.span, ++span) {
+      const int64_t end = std::min(begin + inputs_.span, padded);
+      VI totals[kRows * kUnits];
+      if constexpr (kLongPairs) {
+        PairProducts(begin, end, totals);
+      } else {
+        Products(begin, end, totals);
+      }
+      const int64_t group = begin / w_.group;
+      Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+        const SpanNumbers numbers = LoadSpan(w_, UnitOf(u), group);
+        Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+          VF& sum = sums[r * kUnits + u];
+          const float of_inputs = inputs_.sums[RowOf(r) * inputs_.spans + span];
+          sum = AddSpan(sum, totals[r * kUnits + u], numbers, of_inputs);
+        });
+      });
+    }
+    Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+      if (r >= rows_) return;
+      Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+        VF& sum = sums[r * kUnits + u];
+        sum = ScaledSum(args_, inputs_, row_ + r, UnitOf(u) * kLanes, sum);
+      });
+      FinishUnits<kUnits>(args_, row_ + r, unit_, count_, sums + r * kUnits);
+    });
+  }
+
+ private:
+  static constexpr int kPlanes = kDotPlanes<kBits>;
+  // Several rows whose sums would not all fit the registers twice, in int16 and int32.
+  static constexpr bool kLongPairs = kRows > 1 && !kManySums;
+
+  HWY_INLINE int64_t UnitOf(int64_t u) const { return unit_ + std::min(u, count_ - 1); }
+  HWY_INLINE int64_t RowOf(int64_t r) const { return row_ + std::min(r, rows_ - 1); }
+
+  // Tiles are short, and several are read at once: a hardware prefetcher does not follow. What is
+  // kAhead bytes further in a tile is asked for, 2 KiB in all (four times as much was up to 15 %
+  // slower); behind its end, the beginning of the tile that comes at its place next.
+  HWY_INLINE void Prefetch(int64_t input, int64_t u) const {
+    constexpr int64_t kAhead = 2048 / (kUnits * kTilesPerUnit);
+    constexpr int64_t kSkipped = std::max(1, kUnits * kLanes / kTileRows) - 1;
+    constexpr int64_t kBytes = SuperblockBytes(kBits) / 2;
+    const int64_t at = input / kHalfInputs * kBytes + kAhead;
+    const std::byte* const next = data_ + (at < tile_stride_ ? at : at + kSkipped * tile_stride_);
+    PrefetchWords(next, tile_stride_, UnitOf(u), 0);
+    if constexpr (kBytes > 64) PrefetchWords(next, tile_stride_, UnitOf(u), 64);
+  }
+  HWY_INLINE void Load(int64_t input, int64_t u, VU (&words)[kHalfWords]) const {
+    LoadCodes<kBits>(data_ + input / 32 * SuperblockBytes(kBits),
+                     static_cast<int>(input / kHalfInputs % 2), tile_stride_, UnitOf(u), words);
+  }
+
+  HWY_INLINE void Products(int64_t begin, int64_t end, VI* totals) const {
+    static_assert(kDotPeriod == 2 * kHalfWords);
+    const int8_t* x[kRows];
+    Unrolled<kRows>([&](auto r)
+                        FRAMEQUILT_INLINE { x[r] = inputs_.codes + RowOf(r) * inputs_.stride; });
+    DotSum<kPlanes> dots[kRows * kUnits];
+    Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { dots[i].Start(); });
+    for (int64_t i = begin; i < end;) {
+      const int64_t flush = std::min(end, i + 2 * kHalfInputs);
+      for (; i < flush; i += kHalfInputs) {
+        Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+          Prefetch(i, u);
+          VU words[kHalfWords];
+          Load(i, u, words);
+          // 16 registers do not keep the inputs of several rows from one unit to the next: the
+          // compiler would, in memory (13 % slower than reading them again).
+          if constexpr (!kManyRegisters && kRows > 1 && u > 0)
+            Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE { __asm__("" : "+r"(x[r])); });
+          Unrolled<kHalfWords>([&](auto j) FRAMEQUILT_INLINE {
+            VU planes[kPlanes];
+            CutPlanes<kBits>(words[j], planes);
+            Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+              dots[r * kUnits + u].Add(planes, FourInputs(x[r] + i + 4 * j));
+            });
+          });
+        });
+      }
+      Unrolled<kRows * kUnits>([&](auto k) FRAMEQUILT_INLINE { dots[k].Flush(); });
+    }
+    Unrolled<kRows * kUnits>([&](auto k) FRAMEQUILT_INLINE { totals[k] = dots[k].Total(); });
+  }
+
+#if !FRAMEQUILT_DIRECT_DOT
+  // Pair sums stay in int16 as long as the inputs allow, in most models for a whole block; only
+  // they are in registers. Two of them to a row: of two units, or of two planes.
+  HWY_INLINE void PairProducts(int64_t begin, int64_t end, VI* totals) const {
+    static_assert(kUnits * kPlanes == 2);
+    const int8_t* x[kRows];
+    Unrolled<kRows>([&](auto r)
+                        FRAMEQUILT_INLINE { x[r] = inputs_.codes + RowOf(r) * inputs_.stride; });
+    Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { totals[i] = hn::Zero(DI()); });
+    for (int64_t i = begin; i < end;) {
+      const int64_t block_end = std::min(end, i + inputs_.block);
+      const uint8_t* const periods = inputs_.periods + i / inputs_.block;
+      int64_t period = kPairBlock / 4;
+      Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+        period = std::min<int64_t>(period, periods[RowOf(r) * inputs_.blocks]);
+      });
+      while (i < block_end) {
+        const int64_t flush = std::min(block_end, i + 4 * period);
+        VS part[kRows * 2];
+        Unrolled<kRows * 2>([&](auto k) FRAMEQUILT_INLINE { part[k] = hn::Zero(DS()); });
+        for (; i < flush; i += kHalfInputs) {
+          VU words[kUnits][kHalfWords];
+          Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+            Prefetch(i, u);
+            Load(i, u, words[u]);
+          });
+          Unrolled<kHalfWords>([&](auto j) FRAMEQUILT_INLINE {
+            VU both[2];
+            if constexpr (kPlanes == 2) {
+              CutPlanes<kBits>(words[0][j], both);
+            } else {
+              both[0] = words[0][j];
+              both[1] = words[kUnits - 1][j];
+            }
+            Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+              AddPairProducts(both[0], both[1], x[r] + i + 4 * j, part[2 * r], part[2 * r + 1]);
+            });
+          });
+        }
+        Unrolled<kRows * 2>([&](auto k) FRAMEQUILT_INLINE {
+          VI& total = totals[k / kPlanes];
+          total = AddPairs < kPlanes == 2 && k % 2 == 1 ? 16 : 1 > (total, part[k]);
+        });
+      }
+    }
+  }
+#endif
+
+  const ops::LinearArgs& args_;
+  const Inputs& inputs_;
+  const LinearWeights& w_;
+  const std::byte* const data_;
+  const int64_t tile_stride_;
+  const int64_t row_, rows_, unit_, count_;
+};
+
+// As many units as keep enough sums in flight and fit the registers.
+template <int kBits, int kRows>
+constexpr int kStreamUnits = kRows == 1   ? 4
+                             : !kManySums ? 2 / kDotPlanes<kBits>
+                             : kRows <= 4 ? 2
+                                          : 1;
+
+template <int kBits, int kRows>
+void IntegerStreamRows(const ops::LinearArgs& args, const Inputs& inputs, int64_t row, int64_t rows,
+                       int64_t unit, int64_t count) {
+  constexpr int kUnits = kStreamUnits<kBits, kRows>;
+  for (int64_t u = 0; u < count; u += kUnits) {
+    StreamTile<kBits, kRows, kUnits>(args, inputs, row, rows, unit + u,
+                                     std::min<int64_t>(kUnits, count - u))
+        .Run();
+  }
+}
+
+constexpr int64_t kIntegerStreamRows = 8;
+
+// Rows go in blocks; those after the first find the step's weights in cache.
+template <int kBits>
+void IntegerStream(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool& pool) {
+  constexpr int kMost = kManySums ? 8 : 4;
+  const auto run = args.rows == 1   ? &IntegerStreamRows<kBits, 1>
+                   : args.rows == 2 ? &IntegerStreamRows<kBits, 2>
+                   : args.rows <= 4 ? &IntegerStreamRows<kBits, 4>
+                                    : &IntegerStreamRows<kBits, kMost>;
+  StreamSteps(args, pool, [&](const ops::LinearArgs& one, int64_t unit, int64_t count) {
+    for (int64_t row = 0; row < one.rows; row += kMost)
+      run(one, inputs, row, std::min<int64_t>(kMost, one.rows - row), unit, count);
+  });
+}
+
+#endif
+}  // namespace FRAMEQUILT_DOT_NAMESPACE
+}  // namespace HWY_NAMESPACE
+}  // namespace fq::backend::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif
