@@ -121,8 +121,8 @@ TEST_P(IntegerKernels, ValueOfARowDoesNotDependOnTheOthersNorOnThreads) {
 // 2 * 255 * 128 > 32767).
 TEST_P(IntegerKernels, ExtremesDoNotSaturate) {
   const int in = 1100, out = 20;
-  for (const float sign : {1.0f, -1.0f}) {
-    Problem problem(GetParam().weights, out, in, 13, false, false, GetParam().activations);
+  for (const auto& [sign, rows] : {std::pair{1.0f, 13}, std::pair{-1.0f, 13}, std::pair{1.0f, 4}}) {
+    Problem problem(GetParam().weights, out, in, rows, false, false, GetParam().activations);
     // Weights from -w to +w with nearly all at one end use the outermost codes.
     std::vector<float> weights(static_cast<size_t>(out) * in, sign);
     for (size_t i = 0; i < weights.size(); i += 16) weights[i] = -sign;
@@ -140,6 +140,40 @@ TEST_P(IntegerKernels, ExtremesDoNotSaturate) {
       EXPECT_SAME_BITS(got, want);
     } else {
       expect_near(problem, got, want);
+    }
+  }
+}
+
+// Kernels that add up pairs of products in int16 choose for each block of inputs how long, from
+// what the inputs add up to. Rows just inside and just outside of each bound, beside others: 64
+// inputs of 34 times the largest 4-bit code are 32640, of 35 they are 33600.
+TEST_P(IntegerKernels, SumsOfPairsLeaveInt16InTime) {
+  const int in = 650, out = 40;
+  const int levels[] = {34, 35, 68, 69, 127, 0};
+  for (const int64_t rows : {1, 2, 4, 8, 37}) {
+    for (const int sign : {1, -1}) {
+      Problem problem(GetParam().weights, out, in, rows, false, false, GetParam().activations);
+      const std::vector<float> weights(static_cast<size_t>(out) * in, 1.0f);  // the largest codes
+      auto packed = quant::pack_linear(weights.data(), out, in, GetParam().weights,
+                                       quant::AffineRange::kIncludeZero);
+      ASSERT_TRUE(packed);
+      problem.packed = std::move(*packed);
+      problem.args.w = &problem.packed.view;
+      for (int64_t r = 0; r < rows; ++r) {
+        float* const row = problem.x.data() + r * problem.args.x_stride;
+        // Six rows of each level, so that there are tiles of one and of two.
+        std::fill_n(row, in, static_cast<float>(sign * levels[r / (rows < 6 ? 1 : 6) % 6]));
+        row[0] = 127.0f;
+      }
+      if (!GetParam().activations.symmetric) problem.set_row_sums();
+      const std::vector<float> want = problem.reference();
+      const std::vector<float> got = problem.run(kernel(), 1);
+      if (has_fma(GetParam().target)) {
+        EXPECT_SAME_BITS(got, want);
+      } else {
+        expect_near(problem, got, want);
+      }
+      if (HasFailure()) return;
     }
   }
 }
