@@ -208,14 +208,11 @@ void CodeProducts(X& whole, int64_t rows, int64_t columns) {
   X x = whole;
   int64_t vectors = columns / kLanes;
   const auto run = [&]<int kVectors>(std::integral_constant<int, kVectors>) {
-    constexpr int64_t kMost = kCodeRows<kVectors>;
-    const int64_t tiles = (rows + kMost - 1) / kMost;
     X part = x;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t count = rows * (tile + 1) / tiles - rows * tile / tiles;
+    ForTiles(rows, kCodeRows<kVectors>, [&](int64_t, int64_t count) FRAMEQUILT_INLINE {
       kCodeKernels<X, kVectors>[static_cast<size_t>(count - 1)](part);
       part.NextRows(count);
-    }
+    });
     x.ahead = part.ahead;
     x.NextColumns(kVectors * kLanes);
     vectors -= kVectors;

@@ -121,22 +121,31 @@ template <int kVectors>
 constexpr auto kMicroKernels =
     MakeMicroKernels<kVectors>(std::make_integer_sequence<int, kMaxAccumulators / kVectors>());
 
-// All `rows` of a panel of kVectors vectors, in tiles of even size: before(begin, count) and
-// after(begin, count) are called around the rows of each.
+// Calls run(begin, count) for `rows` rows in tiles of at most `most`, as even as possible.
+template <class Run>
+HWY_INLINE void ForTiles(int64_t rows, int64_t most, const Run& run) {
+  if (rows <= 0) return;
+  const int64_t tiles = (rows + most - 1) / most, least = rows / tiles, larger = rows % tiles;
+  int64_t begin = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t count = least + (tile < larger);
+    run(begin, count);
+    begin += count;
+  }
+}
+
+// All `rows` of a panel of kVectors vectors: before(begin, count) and after(begin, count) are
+// called around the rows of each tile.
 template <int kVectors, class Before, class After>
 inline void GemmPanel(const GemmBlock& g, int64_t rows, const Before& before, const After& after) {
-  constexpr int64_t kMost = kMaxAccumulators / kVectors;
-  const int64_t tiles = (rows + kMost - 1) / kMost;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t begin = rows * tile / tiles;
-    const int64_t count = rows * (tile + 1) / tiles - begin;
+  ForTiles(rows, kMaxAccumulators / kVectors, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
     before(begin, count);
     GemmBlock part = g;
     part.a += begin * g.a_stride;
     part.c += begin * g.c_stride;
     kMicroKernels<kVectors>[static_cast<size_t>(count - 1)](part);
     after(begin, count);
-  }
+  });
 }
 
 template <int kVectors>

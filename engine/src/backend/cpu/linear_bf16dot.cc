@@ -232,13 +232,10 @@ constexpr auto kPairMicros =
     MakePairMicros(std::make_integer_sequence<int, kPairMicroRows - kPairLeastRows + 1>());
 static_assert(kPairStreamRows + 1 >= kPairLeastRows && kPairMicroRows + 1 >= 2 * kPairLeastRows);
 
-// All `rows` of a panel, in tiles of even size, with before() and after() around each.
+// All `rows` of a panel, with before() and after() around each tile.
 template <class Before, class After>
 void PairPanel(const PairBlock& b, int64_t rows, const Before& before, const After& after) {
-  const int64_t tiles = (rows + kPairMicroRows - 1) / kPairMicroRows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t begin = rows * tile / tiles;
-    const int64_t count = rows * (tile + 1) / tiles - begin;
+  ForTiles(rows, kPairMicroRows, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
     before(begin, count);
     PairBlock part = b;
     part.x += begin * b.x_stride;
@@ -246,7 +243,7 @@ void PairPanel(const PairBlock& b, int64_t rows, const Before& before, const Aft
     part.sums += begin * kPairSumStride;
     kPairMicros[static_cast<size_t>(count - kPairLeastRows)](part);
     after(begin, count);
-  }
+  });
 }
 
 // Weights of inputs [begin, end) x `unit` as pairs, and the numbers of their spans, as vector

@@ -102,15 +102,12 @@ template <int kPlanes>
 constexpr auto kIntegerMicros = MakeIntegerMicros<kPlanes>(
     std::make_integer_sequence<int, kIntegerMicroRows - kIntegerLeastRows + 1>());
 
-// All `rows` of the first `strips` strips of a panel, in tiles of even size: before(begin, count)
-// and after(begin, count) are called around the rows of each.
+// All `rows` of the first `strips` strips of a panel: before(begin, count) and after(begin, count)
+// are called around the rows of each tile.
 template <int kPlanes, class Before, class After>
 void IntegerPanel(const IntegerBlock& b, int64_t rows, int64_t strips, const Before& before,
                   const After& after) {
-  const int64_t tiles = (rows + kIntegerMicroRows - 1) / kIntegerMicroRows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t begin = rows * tile / tiles;
-    const int64_t count = rows * (tile + 1) / tiles - begin;
+  ForTiles(rows, kIntegerMicroRows, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
     before(begin, count);
     IntegerBlock part = b;
     part.x += begin * b.x_stride;
@@ -124,7 +121,7 @@ void IntegerPanel(const IntegerBlock& b, int64_t rows, int64_t strips, const Bef
       part.sums += kIntegerColumns;
     }
     after(begin, count);
-  }
+  });
 }
 
 // Codes of inputs [begin, end) x `unit` as bytes, and the numbers of their spans, as vector

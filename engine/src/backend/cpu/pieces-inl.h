@@ -280,12 +280,13 @@ HWY_INLINE void ForPanels(const PanelPiece& item, int64_t inputs, int64_t inputs
       WeightsAhead ahead = more_columns   ? ask_for(w, column + columns_at_once, begin)
                            : end < inputs ? ask_for(w, item.column_begin, end)
                                           : ask_for(*item.next.w, item.next_column, 0);
-      const int64_t lines = ahead.lines();
+      // As a fixed-point number: no division for every tile.
+      const int64_t lines_per_row = ((ahead.lines() << 16) + rows - 1) / rows;
       const bool last = !more_columns && end == inputs;
       // With the last products, a tile's outputs are asked for before it and written after it, so
       // that the writing of one goes on while the next one is multiplied.
       const auto before = [&](int64_t first, int64_t count) {
-        ahead.Ask((lines * count + rows - 1) / rows);
+        ahead.Ask(((first + count) * lines_per_row >> 16) - (first * lines_per_row >> 16));
         if (last)
           AskForOutputs(item.args, item.row_begin + first, count, item.column_begin, out_end);
       };
