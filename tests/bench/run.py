@@ -72,17 +72,26 @@ def _build(chosen: Path | None) -> Path:
     )
 
 
+# Instructions that kernels and peers choose by; names as Linux prints them.
+EXTENSIONS = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "asimd", "asimddp", "i8mm"
+)  # fmt: skip
+
+
 def _machine_name() -> str:
+    """Model and instructions: virtual machines of one model name can differ in these."""
     name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            for line in stream:
-                if line.startswith("model name"):
-                    name = line.split(":", 1)[1].strip()
-                    break
-    except OSError:
-        pass
-    return name
+    flags: set[str] = set()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+    found = [extension for extension in EXTENSIONS if extension in flags]
+    return f"{name} ({', '.join(found)})" if found else name
 
 
 def _revision() -> str:

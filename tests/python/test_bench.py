@@ -20,6 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tests" / "bench"
+STORED = BENCH / "results" / "avx512.json"
 sys.path.insert(0, str(BENCH))
 import instructions  # noqa: E402
 import merging  # noqa: E402
@@ -73,6 +74,33 @@ def _run(*arguments: str | Path) -> str:
     return done.stdout
 
 
+def _race(kernels: str, *programs: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / "race.py"), kernels, *map(str, programs)]
+    command += ["--seconds", "0.05", "--cpu", str(min(os.sched_getaffinity(0)))]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_race_compares_every_program_with_the_first() -> None:
+    program = _programs() / "bench_kernels"
+    kernel = "linear f32 896x4864 rows 512"
+    done = _race(kernel, program, program)
+    assert done.returncode == 0, done.stderr
+    title, first, second = done.stdout.splitlines()
+    assert title == kernel
+    assert first.split()[-2:] == ["1.000", str(program)]
+    assert 0.3 < float(second.split()[-2]) < 3  # the same program twice
+
+
+def test_a_race_without_runners_or_kernels_says_so(tmp_path: Path) -> None:
+    program = _programs() / "bench_kernels"
+    done = _race("no such kernel", program)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no kernel's name contains" in done.stderr
+    done = _race("linear f32", tmp_path / "missing")
+    assert done.returncode == 1
+    assert "ended with status" in done.stderr
+
+
 def test_listing_benches_makes_no_models(tmp_path: Path) -> None:
     """They would be made in a folder that cannot be: with 20 GB, trying has to fail at once."""
     (tmp_path / "file").touch()
@@ -111,14 +139,15 @@ def test_a_later_call_replaces_its_benches_and_keeps_the_others(
 def _call(series: dict[str, list[Series]], **fields: Any) -> dict[str, Any]:
     """A document of one call."""
     rows = [{"bench": name, "workload": name} for name in series]
-    document = {"machine": "AMD EPYC", "threads": 2, "clock": "wall", "samples": 1, "rows": rows}
+    machine = json.loads(STORED.read_text())["machine"]
+    document = {"machine": machine, "threads": 2, "clock": "wall", "samples": 1, "rows": rows}
     document |= {"date": "today", "revision": "new", "versions": {}, "limits": {}, "budget": []}
     listed = {name: [one.to_json() for one in of] for name, of in series.items()}
     return document | {"series": listed} | fields
 
 
 def test_rows_of_stored_results_say_which_call_they_are_from() -> None:
-    stored = json.loads((BENCH / "results.json").read_text())
+    stored = json.loads((STORED).read_text())
     merged = merging.merge(stored, _call({"load": [_series("w4g128", [0.1])]}))
     for row in merged["rows"]:
         assert row["bench"] in merged["runs"][row["run"] - 1]["benches"]
@@ -134,6 +163,13 @@ def test_results_of_another_number_of_threads_are_not_merged() -> None:
     old = _call({"a": [_series("x", [1.0])]})
     with pytest.raises(merging.Mismatch, match="threads 2 and 4"):
         merging.merge(old, _call({"b": [_series("x", [1.0])]}, threads=4))
+
+
+def test_results_of_processors_with_other_instructions_are_not_merged() -> None:
+    stored = {path.stem: json.loads(path.read_text()) for path in STORED.parent.glob("*.json")}
+    assert stored.keys() == {"avx2", "avx512"}
+    with pytest.raises(merging.Mismatch, match="avx512_vnni"):
+        merging.merge(stored["avx512"], stored["avx2"])
 
 
 def test_merged_benches_are_in_the_order_of_the_list() -> None:
@@ -155,7 +191,7 @@ def test_samples_survive_being_stored() -> None:
 
 
 def test_the_budget_takes_from_earlier_calls_what_is_missing_and_says_so() -> None:
-    stored = json.loads((BENCH / "results.json").read_text())
+    stored = json.loads((STORED).read_text())
     parts = {
         "video-frames": [_series("PyAV", [0.25])],
         "video-projector": [_series("w4g128 a8", [0.5])],

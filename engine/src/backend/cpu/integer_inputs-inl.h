@@ -70,9 +70,10 @@ HWY_INLINE Range RangeOf(const float* x, int64_t n) {
   return range;
 }
 
-// Codes of inputs in sequence: their sum, and how much the positive and the negative ones of each
-// pair sum add up to.
-struct PairInputs {
+// Codes of inputs in sequence: their sum, and, where products are added up in pairs, how much the
+// positive and the negative ones of each pair sum add up to.
+template <bool kPairs>
+struct InputSums {
   VI positive, sum;
   int32_t rest_sum, rest[2];  // of codes that came alone
 
@@ -81,7 +82,7 @@ struct PairInputs {
     rest_sum = rest[0] = rest[1] = 0;
   }
   HWY_INLINE void Add(VI codes) {
-    positive = hn::Add(positive, hn::Max(codes, hn::Zero(DI())));
+    if constexpr (kPairs) positive = hn::Add(positive, hn::Max(codes, hn::Zero(DI())));
     sum = hn::Add(sum, codes);
   }
   HWY_INLINE void AddOne(int64_t input, int32_t code) {
@@ -103,22 +104,22 @@ struct PairInputs {
   }
 };
 
-// quant::quantize_row, the sums of the codes of spans, and the periods of blocks (may be
-// null).
-inline HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t span,
-                                     model::ActivationFormat format, int8_t* codes, float* sums,
-                                     uint8_t* periods, float* scale_out, float* zero_out) {
+// quant::quantize_row, the sums of the codes of spans, and, with kPairs, the periods of blocks.
+template <bool kPairs>
+HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t span,
+                              model::ActivationFormat format, int8_t* codes, float* sums,
+                              uint8_t* periods, float* scale_out, float* zero_out) {
   const DF df;
   const DI di;
   const hn::Rebind<int8_t, DF> d8;
   const int half = 1 << (format.bits - 1);
-  const int64_t block = std::min(span, kPairBlock);
+  const int64_t block = kPairs ? std::min(span, kPairBlock) : span;
   std::memset(codes + n, 0, static_cast<size_t>(padded - n));
   const Range range = RangeOf(x, n);
   if (!range.finite) {
     std::memset(codes, 0, static_cast<size_t>(n));
     std::fill(sums, sums + (n + span - 1) / span, 0.0f);
-    if (periods != nullptr) std::fill(periods, periods + (n + block - 1) / block, kDotPeriod);
+    if constexpr (kPairs) std::fill(periods, periods + (n + block - 1) / block, kDotPeriod);
     *scale_out = std::numeric_limits<float>::quiet_NaN();
     *zero_out = 0.0f;
     return;
@@ -141,36 +142,39 @@ inline HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, 
     const VF rounded = hn::Add(hn::Round(hn::Div(v, divisor)), shift);
     return hn::ConvertTo(di, hn::Min(hn::Max(rounded, low), high));
   };
-  constexpr int64_t kHalf = kPairBlock / 2;
+  const int64_t part = kPairs ? kPairBlock / 2 : block;
   for (int64_t begin = 0; begin < n; begin += block) {
     const int64_t end = std::min(begin + block, n);
     int32_t of_block[2] = {}, sum = 0;
     bool halves_fit = true;
     for (int64_t i = begin; i < end;) {
-      const int64_t half_end = std::min(i + kHalf, end);
-      PairInputs inputs;
+      const int64_t part_end = std::min(i + part, end);
+      InputSums<kPairs> inputs;
       inputs.Start();
-      for (; i + kLanes <= half_end; i += kLanes) {
+      for (; i + kLanes <= part_end; i += kLanes) {
         const VI q = code(hn::LoadU(df, x + i));
         inputs.Add(q);
         hn::StoreU(hn::DemoteTo(d8, q), d8, codes + i);
       }
-      for (; i < half_end; ++i) {
+      for (; i < part_end; ++i) {
         const int q = hn::GetLane(code(hn::Set(df, x[i])));
         codes[i] = static_cast<int8_t>(q);
         inputs.AddOne(i, q);
       }
       sum += inputs.Sum();
-      if (periods == nullptr) continue;
-      int32_t of_half[2] = {};
-      inputs.AddPairs(of_half);
-      halves_fit = halves_fit && PairInputs::Fit(of_half);
-      for (int pair = 0; pair < 2; ++pair) of_block[pair] += of_half[pair];
+      if constexpr (!kPairs) continue;
+      int32_t of_part[2] = {};
+      inputs.AddPairs(of_part);
+      halves_fit = halves_fit && InputSums<true>::Fit(of_part);
+      for (int pair = 0; pair < 2; ++pair) of_block[pair] += of_part[pair];
     }
     float& of_span = sums[begin / span];
     of_span = static_cast<float>(sum) + (begin % span == 0 ? 0.0f : of_span);
-    if (periods == nullptr) continue;
-    *periods++ = PairInputs::Fit(of_block) ? kPairBlock / 4 : halves_fit ? kHalf / 4 : kDotPeriod;
+    if constexpr (kPairs) {
+      *periods++ = InputSums<true>::Fit(of_block) ? kPairBlock / 4
+                   : halves_fit                   ? kPairBlock / 8
+                                                  : kDotPeriod;
+    }
   }
 }
 
@@ -197,12 +201,15 @@ inline Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
   inputs.scales = scratch.scales.data();
   inputs.zeros = scratch.zeros.data();
   inputs.periods = scratch.periods.data();
+  // A single row does without them: all its sums fit the registers twice.
+  const bool pairs = !FRAMEQUILT_DIRECT_DOT && args.rows > 1;
+  const auto quantize_row = pairs ? &QuantizeRow<!FRAMEQUILT_DIRECT_DOT> : &QuantizeRow<false>;
   const auto quantize = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      QuantizeRow(args.x + r * args.x_stride, w.in, padded, inputs.span, args.activations,
-                  scratch.codes.data() + r * inputs.stride, scratch.sums.data() + r * inputs.spans,
-                  FRAMEQUILT_DIRECT_DOT ? nullptr : scratch.periods.data() + r * inputs.blocks,
-                  scratch.scales.data() + r, scratch.zeros.data() + r);
+      quantize_row(args.x + r * args.x_stride, w.in, padded, inputs.span, args.activations,
+                   scratch.codes.data() + r * inputs.stride, scratch.sums.data() + r * inputs.spans,
+                   pairs ? scratch.periods.data() + r * inputs.blocks : nullptr,
+                   scratch.scales.data() + r, scratch.zeros.data() + r);
     }
   };
   // Handing out a few kilobytes takes longer than quantizing them.

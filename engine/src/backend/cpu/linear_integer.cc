@@ -1,14 +1,14 @@
 // Linears with quantized inputs: rows become 8-bit codes first, products are integers (exact), and
 // each group's sum is scaled in float32 (ops/ops.h gives the order). Two regimes as in the float32
-// linears: few rows stream the packed weights once; many rows unpack panels of columns to bytes in
-// cache and multiply them in register blocks. Scratch is per thread and kept. Called by the engine
-// thread, runs on the pool. Included as a whole by the files of the extensions of
-// NEON and AVX2 (integer-inl.h).
+// linears: few rows stream the packed weights once (integer_stream-inl.h); many rows unpack panels
+// of columns to bytes in cache and multiply them in register blocks (integer_panel-inl.h). Scratch
+// is per thread and kept. Called by the engine thread, runs on the pool. Included as a whole by the
+// files of the extensions of NEON and AVX2 (integer-inl.h).
 #define FRAMEQUILT_WANT_VNNI 1
 #include <algorithm>
 #include <array>
-#include <cstring>
-#include <type_traits>
+#include <cstdint>
+#include <utility>
 
 #include "src/backend/cpu/disabled_targets.h"
 #include "src/backend/cpu/kernels.h"
@@ -40,6 +40,7 @@ constexpr int64_t kIntegerInputs = quant::kIntegerSpan;  // inputs of a panel: w
 constexpr int64_t kStripWords = kIntegerInputs / 4 * 2 * kIntegerColumns;
 constexpr int64_t kStripNumbers = kIntegerInputs / kHalfInputs * 2 * kIntegerColumns;
 constexpr int64_t kIntegerRowBlock = kManyRegisters ? 512 : 256;  // rows of one item of work
+
 struct IntegerScratch {
   AlignedBuffer<uint32_t> panel;  // [strips][steps, planes, vectors, lanes]
   AlignedBuffer<float> numbers;   // [strips][spans, 2, vectors, lanes]: scales, shifts
