@@ -71,24 +71,28 @@ class IntegerKernels : public testing::TestWithParam<Case> {
     EXPECT_TRUE(fn);
     return *fn;
   }
+
+  // On `threads` threads; to the bit where the target has a fused multiply-add.
+  void expect_reference(const Problem& problem, int threads) const {
+    const std::vector<float> want = problem.reference();
+    const std::vector<float> got = problem.run(kernel(), threads);
+    if (has_fma(GetParam().target)) {
+      EXPECT_SAME_BITS(got, want);
+    } else {
+      expect_near(problem, got, want);
+    }
+  }
 };
 
 TEST_P(IntegerKernels, EqualTheReferenceForOddShapes) {
   const std::pair<int, int> shapes[] = {{1, 1},   {5, 3},    {16, 32},  {17, 33},
                                         {24, 70}, {40, 129}, {90, 1100}};
-  const LinearFn fn = kernel();
   for (const auto& [out, in] : shapes) {
     for (const int64_t rows : {1, 2, 4, 5, 8, 9, 12, 13, 33}) {
       SCOPED_TRACE(testing::Message() << "out " << out << " in " << in << " rows " << rows);
       const Problem problem(GetParam().weights, out, in, rows, rows % 2 == 1, rows % 3 == 0,
                             GetParam().activations);
-      const std::vector<float> want = problem.reference();
-      const std::vector<float> got = problem.run(fn, 2);
-      if (has_fma(GetParam().target)) {
-        EXPECT_SAME_BITS(got, want);
-      } else {
-        expect_near(problem, got, want);
-      }
+      expect_reference(problem, 2);
       if (HasFailure()) return;
     }
   }
@@ -134,13 +138,7 @@ TEST_P(IntegerKernels, ExtremesDoNotSaturate) {
     std::fill(problem.x.begin(), problem.x.end(), -1.0f);
     for (size_t i = 5; i < problem.x.size(); i += 64) problem.x[i] = 1.0f;
     if (!GetParam().activations.symmetric) problem.set_row_sums();
-    const std::vector<float> want = problem.reference();
-    const std::vector<float> got = problem.run(kernel(), 1);
-    if (has_fma(GetParam().target)) {
-      EXPECT_SAME_BITS(got, want);
-    } else {
-      expect_near(problem, got, want);
-    }
+    expect_reference(problem, 1);
   }
 }
 
@@ -166,13 +164,7 @@ TEST_P(IntegerKernels, SumsOfPairsLeaveInt16InTime) {
         row[0] = 127.0f;
       }
       if (!GetParam().activations.symmetric) problem.set_row_sums();
-      const std::vector<float> want = problem.reference();
-      const std::vector<float> got = problem.run(kernel(), 1);
-      if (has_fma(GetParam().target)) {
-        EXPECT_SAME_BITS(got, want);
-      } else {
-        expect_near(problem, got, want);
-      }
+      expect_reference(problem, 1);
       if (HasFailure()) return;
     }
   }
