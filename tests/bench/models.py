@@ -33,12 +33,14 @@ HF_SHARD_BYTES = 5 * 10**9  # of one safetensors file, as transformers writes th
 
 
 class Pool:
-    """Endless random bytes and normal values, cut from fixed pools at changing offsets."""
+    """Endless random bytes, normal values and their codes, from fixed pools at changing offsets."""
 
     def __init__(self, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self._bytes = rng.integers(0, 256, (1 << 26) + 7919, dtype=np.uint8)
         self._normal = rng.standard_normal((1 << 22) + 7919, dtype=np.float32) * DEVIATION
+        self._codes: dict[int, NDArray[np.uint8]] = {}
+        self._packed: dict[int, NDArray[np.uint8]] = {}
         self._at = 0
 
     def _cut(self, pool: NDArray[Any], count: int) -> NDArray[Any]:
@@ -53,10 +55,31 @@ class Pool:
         """Normal values of deviation 0.02."""
         return self._cut(self._normal, int(np.prod(shape))).reshape(shape)
 
+    def _code_pool(self, bits: int) -> NDArray[np.uint8]:
+        # The greatest of a group of weights is about three deviations from their mean, which is 0:
+        # any other one would give all activations one sign, and kernels whose speed depends on the
+        # inputs another one.
+        if bits not in self._codes:
+            zero = 2 ** (bits - 1)
+            scaled = np.rint(self._normal * ((zero - 0.5) / (3 * DEVIATION)))
+            self._codes[bits] = (np.clip(scaled, -(zero - 1), zero - 1) + zero).astype(np.uint8)
+        return self._codes[bits]
 
-def scale_for(bits: int) -> float:
-    """The scale at which uniform codes of `bits` bits have the deviation 0.02."""
-    return DEVIATION * 12**0.5 / 2**bits
+    def codes(self, bits: int, *shape: int) -> NDArray[np.uint8]:
+        """Codes of `bits` bits of normal values; the zero is 2^(bits - 1)."""
+        return self._cut(self._code_pool(bits), int(np.prod(shape))).reshape(shape)
+
+    def packed(self, bits: int, *shape: int) -> NDArray[np.uint8]:
+        """The same in a single plane: 8 / bits of them in a byte. For 2, 4 and 8 bits."""
+        if bits not in self._packed:
+            parts = np.array_split(self._code_pool(bits)[: 1 << 22], 8 // bits)
+            shifted = [part << np.uint8(bits * i) for i, part in enumerate(parts)]
+            self._packed[bits] = np.bitwise_or.reduce(shifted)
+        return self._cut(self._packed[bits], int(np.prod(shape))).reshape(shape)
+
+    def scale(self, bits: int) -> float:
+        """The scale at which codes of `bits` bits have the deviation 0.02."""
+        return DEVIATION / float(np.std(self._code_pool(bits)))
 
 
 # Framequilt --------------------------------------------------------------------------------------
@@ -81,15 +104,14 @@ def _write_linear(
             tiles = min(step, info.shape[0] - first)
             shape = (tiles, *info.shape[1:])
             if info.name.endswith(".scales"):
-                piece = np.full(shape, scale_for(form.bits), dtype)
+                piece = np.full(shape, pool.scale(form.bits), dtype)
             elif info.name.endswith(".zeros"):
                 piece = np.full(shape, neutral, dtype)
-            elif inputs % 32:  # padding codes have to be the zero
-                codes = pool.bytes(8 * tiles * inputs) >> np.uint8(8 - form.bits)
+            elif inputs % 32 or 8 % form.bits:  # padding codes have to be the zero
                 zeros = np.full((8 * tiles, 1), neutral, np.uint8)
-                piece = pack_codes(codes.reshape(8 * tiles, inputs), zeros, form.bits)
+                piece = pack_codes(pool.codes(form.bits, 8 * tiles, inputs), zeros, form.bits)
             else:
-                piece = pool.bytes(tiles * row_bytes).reshape(shape)
+                piece = pool.packed(form.bits, *shape)
             writer.write(info.name, piece, first)
 
 

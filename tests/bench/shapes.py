@@ -1,6 +1,7 @@
 """Shapes of the models under test: published sizes, written down as Framequilt descriptions.
 
-Weights are random (see models.py): speed depends on shapes and formats, not on values.
+Weights are random (see models.py): speed depends on shapes and formats, and on values only in that
+activations have to be spread like real ones.
 """
 
 from __future__ import annotations

@@ -268,8 +268,8 @@ def test_the_projector_stage_makes_the_rows_of_a_prompt(tiny_run: dict[str, Any]
     assert 0 < detail["arrange_share"] < 1
 
 
-@pytest.mark.parametrize("weights", ["f32", "bf16", "w4g128", "w8g128"])
-def test_random_models_have_the_deviation_they_are_meant_to_have(
+@pytest.mark.parametrize("weights", ["f32", "bf16", "w4g128", "w5g32", "w8g128"])
+def test_random_models_have_the_mean_and_deviation_they_are_meant_to_have(
     weights: str, tmp_path: Path
 ) -> None:
     models.write_ours("tiny-video", weights, tmp_path / "model")
@@ -278,7 +278,8 @@ def test_random_models_have_the_deviation_they_are_meant_to_have(
         found = opened.linear(slot)
         # Hundreds of values at least: the deviation of a sample is within a few percent.
         assert np.std(found) == pytest.approx(models.DEVIATION, rel=0.2), slot
-        assert abs(np.mean(found)) < 0.2 * models.DEVIATION, slot
+        # A mean shows in every activation: with thousands of inputs all get the same sign.
+        assert abs(np.mean(found)) < 4 * models.DEVIATION / np.sqrt(found.size), slot
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
