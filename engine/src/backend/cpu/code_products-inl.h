@@ -138,16 +138,31 @@ HWY_NOINLINE void CodeKernel(CodeScores& x) {
   VI acc[kRows * kVectors];
   Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Zero(di); });
   AddAsking<kRows, kVectors>(x.products, acc, x.ahead);
-  Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
-    const VF scale = hn::Load(df, x.scales + v * kLanes);
-    const VI zero = hn::Load(di, x.zeros + v * kLanes);
-    Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-      const VI offset = hn::Mul(zero, hn::Set(di, x.sums[r * x.sums_row]));
-      const VF dot = hn::ConvertTo(df, hn::Sub(acc[r * kVectors + v], offset));
-      float* const c = x.c + r * x.c_stride + v * kLanes;
-      hn::Store(x.first ? hn::Mul(dot, scale) : hn::MulAdd(dot, scale, hn::Load(df, c)), df, c);
+  // Copies: stores could change members, for all the compiler knows.
+  const float* const scales = x.scales;
+  const int32_t* const zeros = x.zeros;
+  const int32_t* const sums = x.sums;
+  float* const scores = x.c;
+  const int64_t sums_row = x.sums_row, c_stride = x.c_stride;
+  const auto finish = [&](const auto& store) FRAMEQUILT_INLINE {
+    Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+      const VF scale = hn::Load(df, scales + v * kLanes);
+      const VI zero = hn::Load(di, zeros + v * kLanes);
+      Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+        const VI offset = hn::Mul(zero, hn::Set(di, sums[r * sums_row]));
+        const VF dot = hn::ConvertTo(df, hn::Sub(acc[r * kVectors + v], offset));
+        store(dot, scale, scores + r * c_stride + v * kLanes);
+      });
     });
-  });
+  };
+  if (x.first) {
+    finish([](VF dot, VF scale, float* c)
+               FRAMEQUILT_INLINE { hn::Store(hn::Mul(dot, scale), DF(), c); });
+  } else {
+    finish([](VF dot, VF scale, float* c) FRAMEQUILT_INLINE {
+      hn::Store(hn::MulAdd(dot, scale, hn::Load(DF(), c)), DF(), c);
+    });
+  }
 }
 
 // Weighted values of some rows over the tokens of a page, for some dims of one group.
@@ -179,10 +194,13 @@ HWY_NOINLINE void CodeKernel(CodeValues& x) {
   Unrolled<kRows * kVectors>(
       [&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Set(di, -x.zero_sums[i / kVectors]); });
   AddAsking<kRows, kVectors>(x.products, acc, x.ahead);
+  const float* const steps = x.steps;
+  float* const out = x.c;
+  const int64_t c_stride = x.c_stride;
   Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-    const VF step = hn::Set(df, x.steps[r]);
+    const VF step = hn::Set(df, steps[r]);
     Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
-      float* const c = x.c + r * x.c_stride + v * kLanes;
+      float* const c = out + r * c_stride + v * kLanes;
       const VF sum = hn::ConvertTo(df, acc[r * kVectors + v]);
       hn::Store(hn::MulAdd(sum, step, hn::Load(df, c)), df, c);
     });

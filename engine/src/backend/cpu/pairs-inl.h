@@ -81,10 +81,36 @@ struct WordProducts {
   int64_t steps = 0;
 };
 
-// before(): called in every step.
-template <int kRows, int kVectors, class Dot, class Before>
-HWY_INLINE void AddProducts(const WordProducts& p, VI (&acc)[kRows * kVectors], const Dot& dot,
-                            const Before& before) {
+// sums[vector] += vectors[vector] . *word
+template <int kVectors>
+HWY_INLINE void AddPairDots(const VU (&vectors)[kVectors], const uint32_t* word, VI* sums) {
+#if HWY_TARGET == HWY_AVX2
+  // In assembly, because the sums of 6 rows beside the operands take all 16 registers: the compiler
+  // would load several words first and keep half of the sums in memory.
+  if constexpr (kVectors == 2) {
+    VI first, second;
+    __asm__(
+        "vpbroadcastd %4, %3\n\t"
+        "vpmaddwd %3, %5, %2\n\t"
+        "vpmaddwd %3, %6, %3\n\t"
+        "vpaddd %2, %0, %0\n\t"
+        "vpaddd %3, %1, %1"
+        : "+x"(sums[0].raw), "+x"(sums[1].raw), "=&x"(first.raw), "=&x"(second.raw)
+        : "m"(*reinterpret_cast<const char(*)[4]>(word)), "x"(vectors[0].raw), "x"(vectors[1].raw));
+    return;
+  }
+#endif
+  uint32_t bits;
+  __builtin_memcpy(&bits, word, sizeof bits);
+  const VU codes = hn::Set(DU(), bits);
+  Unrolled<kVectors>(
+      [&](auto v) FRAMEQUILT_INLINE { sums[v] = PairDot(sums[v], vectors[v], codes); });
+}
+
+// add_dots(vectors, word, sums): one row's part of a step. before(): called in every step.
+template <int kRows, int kVectors, class AddDots, class Before>
+HWY_INLINE void AddProducts(const WordProducts& p, VI (&acc)[kRows * kVectors],
+                            const AddDots& add_dots, const Before& before) {
   const DU du;
   const uint32_t* HWY_RESTRICT a = p.a;
   const uint32_t* HWY_RESTRICT b = p.b;
@@ -94,14 +120,8 @@ HWY_INLINE void AddProducts(const WordProducts& p, VI (&acc)[kRows * kVectors], 
     VU vectors[kVectors];
     Unrolled<kVectors>([&](auto v)
                            FRAMEQUILT_INLINE { vectors[v] = hn::Load(du, b + v * kLanes); });
-    Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-      uint32_t bits;  // of two codes, or four
-      __builtin_memcpy(&bits, a + r * a_row, sizeof bits);
-      const VU word = hn::Set(du, bits);
-      Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
-        acc[r * kVectors + v] = dot(acc[r * kVectors + v], vectors[v], word);
-      });
-    });
+    Unrolled<kRows>([&](auto r)
+                        FRAMEQUILT_INLINE { add_dots(vectors, a + r * a_row, acc + r * kVectors); });
   }
 }
 
@@ -109,7 +129,9 @@ template <int kRows, int kVectors, class Before>
 HWY_INLINE void AddPairProducts(const WordProducts& p, VI (&acc)[kRows * kVectors],
                                 const Before& before) {
   AddProducts<kRows, kVectors>(
-      p, acc, [](VI sum, VU pairs, VU word) FRAMEQUILT_INLINE { return PairDot(sum, pairs, word); },
+      p, acc,
+      [](const VU(&vectors)[kVectors], const uint32_t* word, VI* sums)
+          FRAMEQUILT_INLINE { AddPairDots(vectors, word, sums); },
       before);
 }
 

@@ -26,7 +26,14 @@ constexpr int kWordRows = kMicroRows;  // broadcast rows of a micro kernel, besi
 
 #if FRAMEQUILT_DIRECT_DOT
 constexpr int kWordCodes = 4;
-HWY_INLINE VI WordDot(VI sum, VU vector, VU broadcast) { return DirectDot(sum, vector, broadcast); }
+template <int kVectors>
+HWY_INLINE void AddWordDots(const VU (&vectors)[kVectors], const uint32_t* word, VI* sums) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, word, sizeof bits);
+  const VU codes = hn::Set(DU(), bits);
+  Unrolled<kVectors>(
+      [&](auto v) FRAMEQUILT_INLINE { sums[v] = DirectDot(sums[v], vectors[v], codes); });
+}
 HWY_INLINE VU WordVector(VU words) { return words; }
 // The vector operand is unsigned: its codes are 128 larger, and a sum starts that much lower.
 HWY_INLINE int32_t WordStart(int32_t sum_of_codes) { return -128 * sum_of_codes; }
@@ -40,7 +47,10 @@ HWY_INLINE uint32_t UnsignedWord(const int8_t* codes, int64_t word) {
 }
 #else
 constexpr int kWordCodes = 2;
-HWY_INLINE VI WordDot(VI sum, VU vector, VU broadcast) { return PairDot(sum, vector, broadcast); }
+template <int kVectors>
+HWY_INLINE void AddWordDots(const VU (&vectors)[kVectors], const uint32_t* word, VI* sums) {
+  AddPairDots(vectors, word, sums);
+}
 HWY_INLINE VU WordVector(VU words) { return SplitPairs(words); }
 HWY_INLINE int32_t WordStart(int32_t) { return 0; }
 HWY_INLINE uint32_t SignedWord(const int8_t* codes, int64_t word) {
@@ -91,7 +101,8 @@ HWY_NOINLINE void ScoreMicro(const ScoreBlock& block) {
   });
   AddProducts<kRows, 2>(
       block.products, acc,
-      [](VI sum, VU vector, VU word) FRAMEQUILT_INLINE { return WordDot(sum, vector, word); },
+      [](const VU(&vectors)[2], const uint32_t* word, VI* sums)
+          FRAMEQUILT_INLINE { AddWordDots(vectors, word, sums); },
       []() FRAMEQUILT_INLINE {});
   VF most[2] = {hn::Load(df, block.most), hn::Load(df, block.most + kLanes)};
   Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
