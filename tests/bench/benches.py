@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from measure import Runner, last_json
+from processor import multiplies_bfloat16
 from programs import HERE, Missing, Programs
 
 
@@ -254,7 +255,13 @@ def tower(p: Programs) -> Bench:
     bench.add("peer", lambda: peer("onnxruntime f32", "ort", p.onnx(False)))
     bench.add("peer", lambda: peer("onnxruntime int8", "ort", p.onnx(True)))
     bench.add("peer", lambda: peer("torch f32", "torch-tower", "float32"))
-    bench.add("peer", lambda: peer("torch bf16", "torch-tower", "bfloat16"))
+
+    def torch_bf16() -> Runner:
+        if not multiplies_bfloat16():
+            raise Missing("torch bf16: a minute a frame without bfloat16 products")
+        return peer("torch bf16", "torch-tower", "bfloat16")
+
+    bench.add("peer", torch_bf16)
     return bench
 
 

@@ -13,7 +13,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +34,7 @@ from rich.progress import (  # noqa: E402
 from benches import Bench, all_benches, tiny_benches  # noqa: E402 isort: skip
 from measure import alternate, machine  # noqa: E402 isort: skip
 from merging import Mismatch, check, earlier, merge, series_of  # noqa: E402 isort: skip
+from processor import processor_name  # noqa: E402 isort: skip
 from programs import Programs, versions  # noqa: E402 isort: skip
 from report import budget, markdown, rows, write  # noqa: E402 isort: skip
 
@@ -70,28 +70,6 @@ def _build(chosen: Path | None) -> Path:
         "bench_engine was not found: cmake --preset release -DFRAMEQUILT_BENCH=ON && "
         "cmake --build build/release --target bench_engine limits, or give --build"
     )
-
-
-# Instructions that kernels and peers choose by; names as Linux prints them.
-EXTENSIONS = (
-    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "asimd", "asimddp", "i8mm"
-)  # fmt: skip
-
-
-def _machine_name() -> str:
-    """Model and instructions: virtual machines of one model name can differ in these."""
-    name = platform.processor() or platform.machine()
-    flags: set[str] = set()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                flags = set(value.split())
-    found = [extension for extension in EXTENSIONS if extension in flags]
-    return f"{name} ({', '.join(found)})" if found else name
 
 
 def _revision() -> str:
@@ -143,7 +121,7 @@ def main(arguments: list[str]) -> int:
     if not chosen:
         sys.exit(f"no bench has {options.only} in its name; --list shows them")
     document: dict[str, Any] = {
-        "machine": _machine_name(),
+        "machine": processor_name(),
         "threads": threads,
         "clock": "CPU time" if options.cpu else "wall",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -25,6 +25,7 @@ sys.path.insert(0, str(BENCH))
 import instructions  # noqa: E402
 import merging  # noqa: E402
 import models  # noqa: E402
+import processor  # noqa: E402
 import report  # noqa: E402
 from benches import Bench, Target  # noqa: E402
 from measure import HOPELESS, QUIET, Runner, Series, alternate, last_json  # noqa: E402
@@ -266,6 +267,27 @@ def test_the_projector_stage_makes_the_rows_of_a_prompt(tiny_run: dict[str, Any]
     assert detail["calls"] >= 5
     assert detail["value"] * 2 * detail["calls"] == pytest.approx(detail["seconds"], rel=1e-4)
     assert 0 < detail["arrange_share"] < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "bfloat16"),
+    [
+        (
+            "model name\t: EPYC\nflags\t: sse2 avx2 avx512f avx512_bf16\n\nmodel name\t: EPYC\n",
+            "EPYC (avx2, avx512f, avx512_bf16)",
+            True,
+        ),
+        ("model name\t: EPYC\nflags\t: sse2 avx2\n", "EPYC (avx2)", False),
+        ("Features\t: fp asimd asimddp i8mm bf16\n", "(asimd, asimddp, i8mm, bf16)", True),
+    ],
+)
+def test_machines_are_told_apart_by_their_instructions(
+    text: str, name: str, bfloat16: bool, tmp_path: Path
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(text)
+    assert processor.processor_name(info).endswith(name)
+    assert processor.multiplies_bfloat16(info) is bfloat16
 
 
 @pytest.mark.parametrize("weights", ["f32", "bf16", "w4g128", "w5g32", "w8g128"])
