@@ -144,14 +144,19 @@ TEST_P(IntegerKernels, ExtremesDoNotSaturate) {
 
 // Kernels that add up pairs of products in int16 choose for each block of inputs how long, from
 // what the inputs add up to. Rows just inside and just outside of each bound, beside others: 64
-// inputs of 34 times the largest 4-bit code are 32640, of 35 they are 33600.
+// inputs of 34 times the largest 4-bit code are 32640, of 35 they are 33600. With a zero it is the
+// difference from it that counts, twice as large here; the codes behind the last input, which are
+// 0, have one too (634 inputs leave six of them in a block that is else full).
 TEST_P(IntegerKernels, SumsOfPairsLeaveInt16InTime) {
-  const int in = 650, out = 40;
-  const int levels[] = {34, 35, 68, 69, 127, 0};
-  for (const int64_t rows : {1, 2, 4, 8, 37}) {
+  const int out = 40;
+  const int levels[] = {17, 18, 34, 35, 68, 69, 127, 0};
+  for (const auto& [in, rows] : {std::pair{650, 1}, std::pair{650, 2}, std::pair{650, 4},
+                                 std::pair{650, 8}, std::pair{650, 49}, std::pair{634, 49}}) {
     for (const int sign : {1, -1}) {
       Problem problem(GetParam().weights, out, in, rows, false, false, GetParam().activations);
-      const std::vector<float> weights(static_cast<size_t>(out) * in, 1.0f);  // the largest codes
+      std::vector<float> weights(static_cast<size_t>(out) * in, 1.0f);  // the largest codes
+      // The codes behind the last one are that of 0, which is the least one without this.
+      for (int o = 0; in == 634 && o < out; ++o) weights[static_cast<size_t>((o + 1) * in - 1)] = -1;
       auto packed = quant::pack_linear(weights.data(), out, in, GetParam().weights,
                                        quant::AffineRange::kIncludeZero);
       ASSERT_TRUE(packed);
@@ -160,7 +165,7 @@ TEST_P(IntegerKernels, SumsOfPairsLeaveInt16InTime) {
       for (int64_t r = 0; r < rows; ++r) {
         float* const row = problem.x.data() + r * problem.args.x_stride;
         // Six rows of each level, so that there are tiles of one and of two.
-        std::fill_n(row, in, static_cast<float>(sign * levels[r / (rows < 6 ? 1 : 6) % 6]));
+        std::fill_n(row, in, static_cast<float>(sign * levels[r / (rows < 8 ? 1 : 6) % 8]));
         row[0] = 127.0f;
       }
       if (!GetParam().activations.symmetric) problem.set_row_sums();

@@ -140,15 +140,25 @@ HWY_INLINE void AddPairProducts(VU codes0, VU codes1, const int8_t* inputs, VS& 
 #endif
 }
 
+// Lane i: a times b in the lanes 2i and 2i+1, added.
+HWY_INLINE VI PairsTimes(VS a, VS b) {
+#if HWY_TARGET == HWY_AVX3
+  return VI{_mm512_madd_epi16(a.raw, b.raw)};
+#elif HWY_TARGET == HWY_AVX2
+  return VI{_mm256_madd_epi16(a.raw, b.raw)};
+#elif HWY_ARCH_X86
+  return VI{_mm_madd_epi16(a.raw, b.raw)};
+#else
+  const int32x4_t low = vmull_s16(vget_low_s16(a.raw), vget_low_s16(b.raw));
+  return VI{vpaddq_s32(low, vmull_high_s16(a.raw, b.raw))};
+#endif
+}
+
 // Lane i: sum + kFactor * (pairs of lanes 2i and 2i+1).
 template <int kFactor>
 HWY_INLINE VI AddPairs(VI sum, VS pairs) {
-#if HWY_TARGET == HWY_AVX3
-  return hn::Add(sum, VI{_mm512_madd_epi16(pairs.raw, _mm512_set1_epi16(kFactor))});
-#elif HWY_TARGET == HWY_AVX2
-  return hn::Add(sum, VI{_mm256_madd_epi16(pairs.raw, _mm256_set1_epi16(kFactor))});
-#elif HWY_ARCH_X86
-  return hn::Add(sum, VI{_mm_madd_epi16(pairs.raw, _mm_set1_epi16(kFactor))});
+#if HWY_ARCH_X86
+  return hn::Add(sum, PairsTimes(pairs, hn::Set(DS(), kFactor)));
 #else
   const VI wide{vpaddlq_s16(pairs.raw)};
   return hn::Add(sum, kFactor == 1 ? wide : hn::Mul(wide, hn::Set(DI(), kFactor)));

@@ -24,6 +24,9 @@ namespace HWY_NAMESPACE {
 // Extensions of a target differ in what they need to know of their inputs.
 inline namespace FRAMEQUILT_DOT_NAMESPACE {
 
+// At most so many rows take the weights through registers.
+constexpr int64_t kIntegerStreamRows = 8;
+
 // The quantized rows of one call: what every output needs.
 struct Inputs {
   const int8_t* codes = nullptr;  // [rows, stride], zero from `in` to the padded width
@@ -37,12 +40,19 @@ struct Inputs {
   // have to leave int16. A block is a span, or kPairBlock inputs of a longer one.
   const uint8_t* periods = nullptr;
   int64_t blocks = 0, block = 0;
+  // [rows], where pair sums are centered: minus the zero, twice in a word. Codes with a zero lie to
+  // one side of 0, and few blocks of them fit int16; the differences from it, which are what the
+  // inputs are, lie around 0. A kernel that knows the sums of a block's weights takes the products
+  // with the zero from the pair sums, where it may overflow, and gives them back in int32. Periods
+  // only tell then whether the differences of a whole block fit.
+  const uint32_t* minus_zeros = nullptr;
 };
 
 struct InputScratch {
   AlignedBuffer<int8_t> codes;
   AlignedBuffer<float> sums, scales, zeros;
   AlignedBuffer<uint8_t> periods;
+  AlignedBuffer<uint32_t> minus_zeros;
 };
 
 struct Range {
@@ -91,7 +101,7 @@ struct InputSums {
   }
   HWY_INLINE int32_t Sum() const { return hn::GetLane(hn::SumOfLanes(DI(), sum)) + rest_sum; }
   // Positive codes in the lower half of a word, negative ones in the upper: of kPairBlock inputs
-  // they stay below 2^13.
+  // they stay below 2^14, centered or not.
   HWY_INLINE void AddPairs(int32_t (&pairs)[2]) const {
     HWY_ALIGN int32_t lanes[kLanes];
     hn::Store(hn::Add(positive, hn::ShiftLeft<16>(hn::Sub(positive, sum))), DI(), lanes);
@@ -104,11 +114,12 @@ struct InputSums {
   }
 };
 
-// quant::quantize_row, the sums of the codes of spans, and, with kPairs, the periods of blocks.
+// quant::quantize_row, the sums of the codes of spans, and, with kPairs, the periods of blocks:
+// those of centered pair sums or not.
 template <bool kPairs>
 HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t span,
                               model::ActivationFormat format, int8_t* codes, float* sums,
-                              uint8_t* periods, float* scale_out, float* zero_out) {
+                              uint8_t* periods, bool centered, float* scale_out, float* zero_out) {
   const DF df;
   const DI di;
   const hn::Rebind<int8_t, DF> d8;
@@ -136,9 +147,13 @@ HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t
   }
   *scale_out = scale;
   *zero_out = zero;
-  const VF divisor = hn::Set(df, scale), shift = hn::Set(df, zero);
-  const VF low = hn::Set(df, least), high = hn::Set(df, most);
-  const auto code = [&](VF v) FRAMEQUILT_INLINE {
+  // All in integers below 2^24: it makes no difference where the base is taken off.
+  const float base = centered ? zero : 0.0f;
+  const int32_t whole_base = static_cast<int32_t>(base);
+  const VF divisor = hn::Set(df, scale), shift = hn::Set(df, zero - base);
+  const VF low = hn::Set(df, least - base), high = hn::Set(df, most - base);
+  const VI bases = hn::Set(di, whole_base);
+  const auto code_minus_base = [&](VF v) FRAMEQUILT_INLINE {
     const VF rounded = hn::Add(hn::Round(hn::Div(v, divisor)), shift);
     return hn::ConvertTo(di, hn::Min(hn::Max(rounded, low), high));
   };
@@ -152,26 +167,31 @@ HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t
       InputSums<kPairs> inputs;
       inputs.Start();
       for (; i + kLanes <= part_end; i += kLanes) {
-        const VI q = code(hn::LoadU(df, x + i));
+        const VI q = code_minus_base(hn::LoadU(df, x + i));
         inputs.Add(q);
-        hn::StoreU(hn::DemoteTo(d8, q), d8, codes + i);
+        hn::StoreU(hn::DemoteTo(d8, hn::Add(q, bases)), d8, codes + i);
       }
       for (; i < part_end; ++i) {
-        const int q = hn::GetLane(code(hn::Set(df, x[i])));
-        codes[i] = static_cast<int8_t>(q);
+        const int q = hn::GetLane(code_minus_base(hn::Set(df, x[i])));
+        codes[i] = static_cast<int8_t>(q + whole_base);
         inputs.AddOne(i, q);
       }
       sum += inputs.Sum();
       if constexpr (!kPairs) continue;
+      if (i == n) {  // codes behind the last input are 0
+        for (int64_t k = n; k % kHalfInputs != 0; ++k) inputs.AddOne(k, -whole_base);
+      }
       int32_t of_part[2] = {};
       inputs.AddPairs(of_part);
       halves_fit = halves_fit && InputSums<true>::Fit(of_part);
       for (int pair = 0; pair < 2; ++pair) of_block[pair] += of_part[pair];
     }
+    sum += static_cast<int32_t>(end - begin) * whole_base;
     float& of_span = sums[begin / span];
     of_span = static_cast<float>(sum) + (begin % span == 0 ? 0.0f : of_span);
     if constexpr (kPairs) {
       *periods++ = InputSums<true>::Fit(of_block) ? kPairBlock / 4
+                   : centered                     ? kHalfWords  // less than any block that can fail
                    : halves_fit                   ? kPairBlock / 8
                                                   : kDotPeriod;
     }
@@ -201,15 +221,26 @@ inline Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
   inputs.scales = scratch.scales.data();
   inputs.zeros = scratch.zeros.data();
   inputs.periods = scratch.periods.data();
-  // A single row does without them: all its sums fit the registers twice.
+  // A single row does without periods: all its sums fit the registers twice. Of few rows, weights
+  // are read once, and adding them up would take as long as another row.
   const bool pairs = !FRAMEQUILT_DIRECT_DOT && args.rows > 1;
+  const bool centered = pairs && !args.activations.symmetric && args.rows > kIntegerStreamRows &&
+                        inputs.span <= kPairBlock;
+  if (centered) {
+    scratch.minus_zeros.reserve(rows);
+    inputs.minus_zeros = scratch.minus_zeros.data();
+  }
   const auto quantize_row = pairs ? &QuantizeRow<!FRAMEQUILT_DIRECT_DOT> : &QuantizeRow<false>;
   const auto quantize = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       quantize_row(args.x + r * args.x_stride, w.in, padded, inputs.span, args.activations,
                    scratch.codes.data() + r * inputs.stride, scratch.sums.data() + r * inputs.spans,
-                   pairs ? scratch.periods.data() + r * inputs.blocks : nullptr,
+                   pairs ? scratch.periods.data() + r * inputs.blocks : nullptr, centered,
                    scratch.scales.data() + r, scratch.zeros.data() + r);
+      if (centered) {
+        const auto minus = static_cast<uint16_t>(-static_cast<int32_t>(scratch.zeros[r]));
+        scratch.minus_zeros[r] = minus * 0x10001u;
+      }
     }
   };
   // Handing out a few kilobytes takes longer than quantizing them.

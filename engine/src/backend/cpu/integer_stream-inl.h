@@ -50,17 +50,6 @@ HWY_INLINE VF ScaledSum(const ops::LinearArgs& args, const Inputs& inputs, int64
   return hn::Mul(sum, hn::Set(df, inputs.scales[row]));
 }
 
-#if !FRAMEQUILT_DIRECT_DOT
-// After how many words the pair sums of a block have to leave int16, for all of kRows rows: periods
-// lie `stride` apart.
-template <int kRows>
-HWY_INLINE int64_t LeastPeriod(const uint8_t* periods, int64_t stride) {
-  int least = periods[0];
-  for (int r = 1; r < kRows; ++r) least = std::min<int>(least, periods[r * stride]);
-  return least;
-}
-#endif
-
 // --- Weights through registers -------------------------------------------------------------------
 
 // kUnits units of columns times kRows rows. Of `count` units from `unit` on and `rows` rows from
@@ -78,28 +67,38 @@ class StreamTile {
         row_(row),
         rows_(rows),
         unit_(unit),
-        count_(count) {}
+        count_(count) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t real = row + std::min(r, rows - 1);
+      x_[r] = inputs.codes + real * inputs.stride;
+      sums_[r] = inputs.sums + real * inputs.spans;
+      if constexpr (kLongPairs) periods_[r] = inputs.periods + real * inputs.blocks;
+    }
+  }
 
   HWY_NOINLINE void Run() const {
     const int64_t padded = w_.padded_in();
     VF sums[kRows * kUnits];
     Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { sums[i] = hn::Zero(DF()); });
-    int64_t span = 0;
+    // Counted: a division for every span takes as long as some of its products.
+    int64_t span = 0, block = 0, group = 0, group_end = w_.group;
     for (int64_t begin = 0; begin < w_.in; begin += inputs_.span, ++span) {
+      if (begin == group_end) {
+        ++group;
+        group_end += w_.group;
+      }
       const int64_t end = std::min(begin + inputs_.span, padded);
       VI totals[kRows * kUnits];
       if constexpr (kLongPairs) {
-        PairProducts(begin, end, totals);
+        PairProducts(begin, end, block, totals);
       } else {
         Products(begin, end, totals);
       }
-      const int64_t group = begin / w_.group;
       Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
         const SpanNumbers numbers = LoadSpan(w_, UnitOf(u), group);
         Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
           VF& sum = sums[r * kUnits + u];
-          const float of_inputs = inputs_.sums[RowOf(r) * inputs_.spans + span];
-          sum = AddSpan(sum, totals[r * kUnits + u], numbers, of_inputs);
+          sum = AddSpan(sum, totals[r * kUnits + u], numbers, sums_[r][span]);
         });
       });
     }
@@ -119,7 +118,6 @@ class StreamTile {
   static constexpr bool kLongPairs = kRows > 1 && !kManySums;
 
   HWY_INLINE int64_t UnitOf(int64_t u) const { return unit_ + std::min(u, count_ - 1); }
-  HWY_INLINE int64_t RowOf(int64_t r) const { return row_ + std::min(r, rows_ - 1); }
 
   // Tiles are short, and several are read at once: a hardware prefetcher does not follow. What is
   // kAhead bytes further in a tile is asked for, 2 KiB in all (four times as much was up to 15 %
@@ -128,21 +126,22 @@ class StreamTile {
     constexpr int64_t kAhead = 2048 / (kUnits * kTilesPerUnit);
     constexpr int64_t kSkipped = std::max(1, kUnits * kLanes / kTileRows) - 1;
     constexpr int64_t kBytes = SuperblockBytes(kBits) / 2;
-    const int64_t at = input / kHalfInputs * kBytes + kAhead;
+    const auto half = static_cast<uint64_t>(input) / kHalfInputs;  // unsigned: a shift
+    const int64_t at = static_cast<int64_t>(half) * kBytes + kAhead;
     const std::byte* const next = data_ + (at < tile_stride_ ? at : at + kSkipped * tile_stride_);
     PrefetchWords(next, tile_stride_, UnitOf(u), 0);
     if constexpr (kBytes > 64) PrefetchWords(next, tile_stride_, UnitOf(u), 64);
   }
   HWY_INLINE void Load(int64_t input, int64_t u, VU (&words)[kHalfWords]) const {
-    LoadCodes<kBits>(data_ + input / 32 * SuperblockBytes(kBits),
-                     static_cast<int>(input / kHalfInputs % 2), tile_stride_, UnitOf(u), words);
+    const auto half = static_cast<uint64_t>(input) / kHalfInputs;
+    LoadCodes<kBits>(data_ + half / 2 * SuperblockBytes(kBits), static_cast<int>(half % 2),
+                     tile_stride_, UnitOf(u), words);
   }
 
   HWY_INLINE void Products(int64_t begin, int64_t end, VI* totals) const {
     static_assert(kDotPeriod == 2 * kHalfWords);
     const int8_t* x[kRows];
-    Unrolled<kRows>([&](auto r)
-                        FRAMEQUILT_INLINE { x[r] = inputs_.codes + RowOf(r) * inputs_.stride; });
+    Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE { x[r] = x_[r]; });
     DotSum<kPlanes> dots[kRows * kUnits];
     Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { dots[i].Start(); });
     for (int64_t i = begin; i < end;) {
@@ -173,18 +172,16 @@ class StreamTile {
 #if !FRAMEQUILT_DIRECT_DOT
   // Pair sums stay in int16 as long as the inputs allow, in most models for a whole block; only
   // they are in registers. Two of them to a row: of two units, or of two planes.
-  HWY_INLINE void PairProducts(int64_t begin, int64_t end, VI* totals) const {
+  HWY_INLINE void PairProducts(int64_t begin, int64_t end, int64_t& block, VI* totals) const {
     static_assert(kUnits * kPlanes == 2);
     const int8_t* x[kRows];
-    Unrolled<kRows>([&](auto r)
-                        FRAMEQUILT_INLINE { x[r] = inputs_.codes + RowOf(r) * inputs_.stride; });
+    Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE { x[r] = x_[r]; });
     Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { totals[i] = hn::Zero(DI()); });
-    for (int64_t i = begin; i < end;) {
+    for (int64_t i = begin; i < end; ++block) {
       const int64_t block_end = std::min(end, i + inputs_.block);
-      const uint8_t* const periods = inputs_.periods + i / inputs_.block;
       int64_t period = kPairBlock / 4;
       Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-        period = std::min<int64_t>(period, periods[RowOf(r) * inputs_.blocks]);
+        period = std::min<int64_t>(period, periods_[r][block]);
       });
       while (i < block_end) {
         const int64_t flush = std::min(block_end, i + 4 * period);
@@ -224,6 +221,10 @@ class StreamTile {
   const std::byte* const data_;
   const int64_t tile_stride_;
   const int64_t row_, rows_, unit_, count_;
+  // Of each row.
+  const int8_t* x_[kRows];
+  const float* sums_[kRows];
+  const uint8_t* periods_[kRows];  // kLongPairs
 };
 
 // As many units as keep enough sums in flight and fit the registers.
@@ -243,8 +244,6 @@ void IntegerStreamRows(const ops::LinearArgs& args, const Inputs& inputs, int64_
         .Run();
   }
 }
-
-constexpr int64_t kIntegerStreamRows = 8;
 
 // Rows go in blocks; those after the first find the step's weights in cache.
 template <int kBits>

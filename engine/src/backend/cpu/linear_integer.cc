@@ -42,20 +42,22 @@ constexpr int64_t kStripNumbers = kIntegerInputs / kHalfInputs * 2 * kIntegerCol
 constexpr int64_t kIntegerRowBlock = kManyRegisters ? 512 : 256;  // rows of one item of work
 
 struct IntegerScratch {
-  AlignedBuffer<uint32_t> panel;  // [strips][steps, planes, vectors, lanes]
-  AlignedBuffer<float> numbers;   // [strips][spans, 2, vectors, lanes]: scales, shifts
-  AlignedBuffer<float> sums;      // [rows, columns]
+  AlignedBuffer<uint32_t> panel;      // [strips][steps, planes, vectors, lanes]
+  AlignedBuffer<float> numbers;       // [strips][spans, 2, vectors, lanes]: scales, shifts
+  AlignedBuffer<uint32_t> code_sums;  // [strips][spans, planes, vectors, lanes]
+  AlignedBuffer<float> sums;          // [rows, columns]
 };
 
 inline IntegerScratch& ThreadIntegerScratch() {
   static thread_local IntegerScratch scratch;
   scratch.panel.reserve(kIntegerStrips * kStripWords);
   scratch.numbers.reserve(kIntegerStrips * kStripNumbers);
+  if (!FRAMEQUILT_DIRECT_DOT) scratch.code_sums.reserve(kIntegerStrips * kStripNumbers);
   scratch.sums.reserve(kIntegerRowBlock * kIntegerSumStride);
   return scratch;
 }
 
-template <int kPlanes, int kRows>
+template <int kPlanes, int kRows, bool kCentered>
 HWY_NOINLINE void IntegerMicro(const IntegerBlock& b) {
   constexpr int kVectors = kIntegerVectors;
   const DF df;
@@ -67,7 +69,7 @@ HWY_NOINLINE void IntegerMicro(const IntegerBlock& b) {
   for (int64_t begin = 0; begin < b.steps; begin += b.span_steps, ++span) {
     const int64_t end = std::min(begin + b.span_steps, b.steps);
     VI totals[kRows * kVectors];
-    SpanProducts<kPlanes, kRows>(b, span, begin, end, totals);
+    SpanProducts<kPlanes, kRows, kCentered>(b, span, begin, end, totals);
     SpanNumbers n[kVectors];
     Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
       n[v].scale = hn::Load(df, numbers + v * kLanes);
@@ -94,18 +96,18 @@ constexpr int kIntegerLeastRows = [] {
     least = std::min(least, rows / ((rows + kIntegerMicroRows - 1) / kIntegerMicroRows));
   return static_cast<int>(least);
 }();
-template <int kPlanes, int... kI>
+template <int kPlanes, bool kCentered, int... kI>
 constexpr std::array<IntegerMicroFn, sizeof...(kI)> MakeIntegerMicros(
     std::integer_sequence<int, kI...>) {
-  return {&IntegerMicro<kPlanes, kI + kIntegerLeastRows>...};
+  return {&IntegerMicro<kPlanes, kI + kIntegerLeastRows, kCentered>...};
 }
-template <int kPlanes>
-constexpr auto kIntegerMicros = MakeIntegerMicros<kPlanes>(
+template <int kPlanes, bool kCentered>
+constexpr auto kIntegerMicros = MakeIntegerMicros<kPlanes, kCentered>(
     std::make_integer_sequence<int, kIntegerMicroRows - kIntegerLeastRows + 1>());
 
 // All `rows` of the first `strips` strips of a panel: before(begin, count) and after(begin, count)
 // are called around the rows of each tile.
-template <int kPlanes, class Before, class After>
+template <int kPlanes, bool kCentered, class Before, class After>
 void IntegerPanel(const IntegerBlock& b, int64_t rows, int64_t strips, const Before& before,
                   const After& after) {
   ForTiles(rows, kIntegerMicroRows, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
@@ -114,20 +116,45 @@ void IntegerPanel(const IntegerBlock& b, int64_t rows, int64_t strips, const Bef
     part.x += begin * b.x_stride;
     part.input_sums += begin * b.input_spans;
     part.periods += begin * b.input_blocks;
+    if (kCentered) part.minus_zeros += begin;
     part.sums += begin * kIntegerSumStride;
     for (int64_t strip = 0; strip < strips; ++strip) {
-      kIntegerMicros<kPlanes>[static_cast<size_t>(count - kIntegerLeastRows)](part);
+      kIntegerMicros<kPlanes, kCentered>[static_cast<size_t>(count - kIntegerLeastRows)](part);
       part.panel += kStripWords;
       part.numbers += kStripNumbers;
+      if (kCentered) part.code_sums += kStripNumbers;
       part.sums += kIntegerColumns;
     }
     after(begin, count);
   });
 }
 
+#if !FRAMEQUILT_DIRECT_DOT
+// IntegerBlock::code_sums of one vector of columns, whose codes of inputs [begin, end) are at
+// `words`, in spans of at most kPairBlock inputs.
+template <int kPlanes>
+void SumCodes(const uint32_t* words, int64_t span, int64_t begin, int64_t end, uint32_t* to) {
+  const VU ones = hn::Set(DU(), 0x01010101u);
+  for (; begin < end; begin += span, to += kPlanes * kIntegerColumns) {
+    VS sums[kPlanes];
+    Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE { sums[p] = hn::Zero(DS()); });
+    for (int64_t i = begin; i < std::min(begin + span, end); i += 4) {
+      Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE {
+        const VU codes = hn::Load(DU(), words + p * kIntegerColumns);
+        sums[p] = hn::Add(sums[p], PairProducts(codes, ones));
+      });
+      words += kPlanes * kIntegerColumns;
+    }
+    Unrolled<kPlanes>([&](auto p) FRAMEQUILT_INLINE {
+      hn::Store(hn::BitCast(DU(), sums[p]), DU(), to + p * kIntegerColumns);
+    });
+  }
+}
+#endif
+
 // Codes of inputs [begin, end) x `unit` as bytes, and the numbers of their spans, as vector
 // `vector` of a panel: of the strip that it is in.
-template <int kBits>
+template <int kBits, bool kCentered>
 HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit, int64_t begin,
                              int64_t end, int64_t vector, IntegerScratch& scratch) {
   constexpr int kPlanes = kDotPlanes<kBits>;
@@ -147,6 +174,12 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
       to += kPlanes * kIntegerColumns;
     });
   }
+#if !FRAMEQUILT_DIRECT_DOT
+  if constexpr (kCentered) {
+    SumCodes<kPlanes>(scratch.panel.data() + strip * kStripWords + lane, span, begin, end,
+                      scratch.code_sums.data() + strip * kStripNumbers + lane);
+  }
+#endif
   float* number = scratch.numbers.data() + strip * kStripNumbers + lane;
   for (int64_t i = begin; i < std::min<int64_t>(end, w.in); i += span) {
     const SpanNumbers n = LoadSpan(w, unit, i / w.group);
@@ -156,7 +189,7 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
   }
 }
 
-template <int kBits>
+template <int kBits, bool kCentered>
 void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
   const LinearWeights& w = *item.args.w;
   IntegerScratch& scratch = ThreadIntegerScratch();
@@ -175,7 +208,7 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
       [&](int64_t begin, int64_t end, int64_t column) {
         for (int64_t v = 0; v < strips(column) * kIntegerVectors; ++v) {
           const int64_t unit = std::min(column / kLanes + v, item.column_end / kLanes - 1);
-          UnpackUnit<kBits>(w, inputs.span, unit, begin, end, v, scratch);
+          UnpackUnit<kBits, kCentered>(w, inputs.span, unit, begin, end, v, scratch);
         }
       },
       [&](int64_t begin, int64_t end, int64_t column, const auto& before, const auto& after) {
@@ -192,10 +225,12 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
         b.span_blocks = (inputs.span + inputs.block - 1) / inputs.block;
         b.block_steps = inputs.block / 4;
         b.periods = inputs.periods + item.row_begin * inputs.blocks + begin / inputs.block;
+        if (kCentered) b.minus_zeros = inputs.minus_zeros + item.row_begin;
+        b.code_sums = scratch.code_sums.data();
         b.first = begin == 0;
         b.sums = scratch.sums.data() + (column - item.column_begin);
-        IntegerPanel<kDotPlanes<kBits>>(b, item.row_end - item.row_begin, strips(column), before,
-                                        after);
+        IntegerPanel<kDotPlanes<kBits>, kCentered>(b, item.row_end - item.row_begin,
+                                                   strips(column), before, after);
       },
       [&](int64_t row, int64_t columns) {
         float* const sums = scratch.sums.data() + row * kIntegerSumStride;
@@ -211,7 +246,14 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
 template <int kBits>
 void IntegerPanels(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool& pool) {
   PanelPieces(args, pool, kIntegerRowBlock, kIntegerGroupColumns, kIntegerColumns,
-              [&](const PanelPiece& piece) { IntegerItem<kBits>(piece, inputs); });
+              [&](const PanelPiece& piece) {
+                constexpr bool kPairs = !FRAMEQUILT_DIRECT_DOT;
+                if (kPairs && inputs.minus_zeros != nullptr) {
+                  IntegerItem<kBits, kPairs>(piece, inputs);
+                } else {
+                  IntegerItem<kBits, false>(piece, inputs);
+                }
+              });
 }
 
 template <int kBits>
