@@ -22,13 +22,17 @@ extern "C" __attribute__((noinline)) void fq_counted_call(const std::function<vo
 namespace fq {
 namespace {
 
-// Repeatable values in [-1, 1), cheaper under an emulator than a good generator.
+// Repeatable values in [-2, 2), cheaper under an emulator than a good generator. Sums of four, so
+// that they are spread like real ones: how often integer kernels widen their sums depends on it.
 std::vector<float> values(int64_t count) {
   std::vector<float> out(static_cast<size_t>(count));
   uint32_t state = 1;
   for (float& x : out) {
-    state = state * 1664525u + 1013904223u;
-    x = static_cast<float>(state >> 8) * (2.0f / 16777216.0f) - 1.0f;
+    x = -2.0f;
+    for (int i = 0; i < 4; ++i) {
+      state = state * 1664525u + 1013904223u;
+      x += static_cast<float>(state >> 8) * (1.0f / 16777216.0f);
+    }
   }
   return out;
 }
@@ -37,13 +41,19 @@ struct Bench {
   const backend::Backend& backend;
   ThreadPool& pool;
 
-  void linear(const model::WeightFormat& format, int64_t rows, int activation_bits = 16) {
-    const model::ActivationFormat activations{.bits = activation_bits};
+  void linear(const model::WeightFormat& format, int64_t rows,
+              const model::ActivationFormat& activations = {}) {
     const int out = 256, in = 896;
     const auto weights = values(int64_t{out} * in);
     auto packed =
         quant::pack_linear(weights.data(), out, in, format, quant::AffineRange::kIncludeZero);
-    const auto x = values(rows * in);
+    auto x = values(rows * in);
+    std::vector<float> row_sums;
+    if (!activations.symmetric) {  // and a channel that leaves the zero at an end of the codes
+      for (int64_t r = 0; r < rows; ++r) x[static_cast<size_t>(r * in + 7)] = 8.0f;
+      row_sums = values(out);  // any take as long
+      packed->view.row_sums = row_sums.data();
+    }
     std::vector<float> y(static_cast<size_t>(rows * out));
     const backend::LinearFn kernel = *backend.linear(format, activations);
     fq_counted_call([&] {
@@ -154,13 +164,16 @@ std::vector<Case> cases() {
   const model::WeightFormat w4{.kind = Kind::kAffine, .bits = 4, .group = 128};
   const model::WeightFormat w8{.kind = Kind::kAffine, .bits = 8, .group = 128};
   const model::WeightFormat bf16{.kind = Kind::kBF16};
+  const model::ActivationFormat a8{.bits = 8}, a8_asym{.bits = 8, .symmetric = false};
   return {{"linear w4g128 rows 1", [=](Bench& b) { b.linear(w4, 1); }},
           {"linear w4g128 rows 64", [=](Bench& b) { b.linear(w4, 64); }},
           {"linear w8g128 rows 1", [=](Bench& b) { b.linear(w8, 1); }},
           {"linear w8g128 rows 64", [=](Bench& b) { b.linear(w8, 64); }},
-          {"linear w4g128 a8 rows 1", [=](Bench& b) { b.linear(w4, 1, 8); }},
-          {"linear w4g128 a8 rows 64", [=](Bench& b) { b.linear(w4, 64, 8); }},
-          {"linear w8g128 a8 rows 64", [=](Bench& b) { b.linear(w8, 64, 8); }},
+          {"linear w4g128 a8 rows 1", [=](Bench& b) { b.linear(w4, 1, a8); }},
+          {"linear w4g128 a8 rows 8", [=](Bench& b) { b.linear(w4, 8, a8); }},
+          {"linear w4g128 a8 rows 64", [=](Bench& b) { b.linear(w4, 64, a8); }},
+          {"linear w4g128 a8-asym rows 64", [=](Bench& b) { b.linear(w4, 64, a8_asym); }},
+          {"linear w8g128 a8 rows 64", [=](Bench& b) { b.linear(w8, 64, a8); }},
           {"linear bf16 rows 1", [=](Bench& b) { b.linear(bf16, 1); }},
           {"attention kv16 rows 1 length 512", [](Bench& b) { b.attention(16, 1, 512, false); }},
           {"attention kv8 rows 1 length 512", [](Bench& b) { b.attention(8, 1, 512, false); }},

@@ -143,15 +143,21 @@ TEST_P(IntegerKernels, ExtremesDoNotSaturate) {
 }
 
 // Kernels that add up pairs of products in int16 choose for each block of inputs how long, from
-// what the inputs add up to. Rows just inside and just outside of each bound, beside others: 64
-// inputs of 34 times the largest 4-bit code are 32640, of 35 they are 33600. With a zero it is the
-// difference from it that counts, twice as large here; the codes behind the last input, which are
-// 0, have one too (634 inputs leave six of them in a block that is else full).
+// what the inputs add up to. Rows just inside and just outside of each bound, beside others: of 64
+// inputs 34 times the largest 4-bit code are 32640, 35 times are 33600. 16, 32 and 64 inputs of 33,
+// 16 and 8 are where 6 bits change, of 66, 33 and 16 where 5 do. With a zero it is the difference
+// from it that counts, twice as large here; the codes behind the last input, which are 0, have one
+// too (634 inputs leave six of them in a block that is else full).
 TEST_P(IntegerKernels, SumsOfPairsLeaveInt16InTime) {
   const int out = 40;
-  const int levels[] = {17, 18, 34, 35, 68, 69, 127, 0};
-  for (const auto& [in, rows] : {std::pair{650, 1}, std::pair{650, 2}, std::pair{650, 4},
-                                 std::pair{650, 8}, std::pair{650, 49}, std::pair{634, 49}}) {
+  const int levels[] = {34, 35, 68, 69, 127, 0, 17, 18, 32, 33, 66, 67, 8, 9, 16, 4, 5};
+  constexpr int kLevels = std::size(levels);
+  struct Shape {
+    int in, rows, first;  // level
+  };
+  for (const auto& [in, rows, first] :
+       {Shape{650, 1, 0}, Shape{650, 2, 0}, Shape{650, 4, 0}, Shape{650, 4, 8}, Shape{650, 8, 0},
+        Shape{650, 8, 8}, Shape{650, 103, 0}, Shape{634, 103, 0}}) {
     for (const int sign : {1, -1}) {
       Problem problem(GetParam().weights, out, in, rows, false, false, GetParam().activations);
       std::vector<float> weights(static_cast<size_t>(out) * in, 1.0f);  // the largest codes
@@ -162,10 +168,11 @@ TEST_P(IntegerKernels, SumsOfPairsLeaveInt16InTime) {
       ASSERT_TRUE(packed);
       problem.packed = std::move(*packed);
       problem.args.w = &problem.packed.view;
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int r = 0; r < rows; ++r) {
         float* const row = problem.x.data() + r * problem.args.x_stride;
         // Six rows of each level, so that there are tiles of one and of two.
-        std::fill_n(row, in, static_cast<float>(sign * levels[r / (rows < 8 ? 1 : 6) % 8]));
+        const int level = levels[(first + r / (rows <= 8 ? 1 : 6)) % kLevels];
+        std::fill_n(row, in, static_cast<float>(sign * level));
         row[0] = 127.0f;
       }
       if (!GetParam().activations.symmetric) problem.set_row_sums();

@@ -96,7 +96,7 @@ struct Head {
         hn::Store(hn::Sub(hn::Load(df, row + d), hn::Load(df, mean + d)), df, row + d);
       float sum = 0, zero = 0;
       QuantizeRow<false>(row, stride, stride, stride, kCodeFormat, s.codes.data(), &sum, nullptr,
-                         false, &s.k_scales[static_cast<size_t>(t)], &zero);
+                         {}, &s.k_scales[static_cast<size_t>(t)], &zero);
       finite = finite && std::isfinite(s.k_scales[static_cast<size_t>(t)]);
       s.k_starts[static_cast<size_t>(t)] = WordStart(static_cast<int32_t>(sum));
       for (int64_t w = 0; w < words; ++w)
@@ -176,7 +176,7 @@ struct Head {
       Load(args.q, row + r, padded);
       float sum, scale, zero;
       QuantizeRow<false>(padded, stride, stride, stride, kCodeFormat, s.codes.data(), &sum, nullptr,
-                         false, &scale, &zero);
+                         {}, &scale, &zero);
       factors[r] = scale * args.scale * Constants::kLog2E;
       for (int64_t w = 0; w < words; ++w)
         s.q[static_cast<size_t>(w * kTileQueries + r)] = UnsignedWord(s.codes.data(), w);

@@ -5,8 +5,8 @@
 // Targets with a dot product instruction (FRAMEQUILT_DIRECT_DOT) add it up in int32 at once. On the
 // others a multiply-add gives sums of pairs in int16, and several of these fit in int16 before they
 // must be widened: that halves the work of the usual sequence. Codes that are too wide for the
-// instruction are cut into two planes of 4 bits: above 4 bits for pairs, so that none can overflow,
-// and above 7 where the instruction takes signed bytes only.
+// instruction are cut into two planes of 4 bits: above 6 bits for pairs, so that none can overflow
+// (2 * 63 * 128), and above 7 where the instruction takes signed bytes only.
 //
 // Highway has one target for all NEON processors, and none for AVX2 with a dot product. A file that
 // defines one of these before it includes this is for processors with an extension:
@@ -169,7 +169,7 @@ HWY_INLINE VI AddPairs(VI sum, VS pairs) {
 
 // Codes of so many bits are multiplied whole.
 #if !FRAMEQUILT_DIRECT_DOT
-constexpr int kWholeBits = 4;
+constexpr int kWholeBits = 6;
 #elif FRAMEQUILT_NEON_DOT == 1  // signed bytes
 constexpr int kWholeBits = 7;
 #else
@@ -178,15 +178,24 @@ constexpr int kWholeBits = 8;
 // Planes of 4 bits that a word of codes is cut into.
 template <int kBits>
 constexpr int kDotPlanes = kBits > kWholeBits ? 2 : 1;
-// Add()s until Flush() is due: pair sums of a plane are at most 2 * 15 * 128, and 8 of them fit.
-constexpr int kDotPeriod = 8;
-static_assert(kDotPeriod * 2 * 15 * 128 <= 32767);
-// Longer where the inputs are known to allow it: up to kPairBlock of them, 4i and 4i + 1 in one
-// pair sum, 4i + 2 and 4i + 3 in the other. Sums on the way may overflow; the last one is right if
-// it fits int16, and it does if neither the positive nor the negative inputs of a pair sum add up
-// to more than kMostPairInputs.
+// How long sums of products of two inputs may stay in int16, in words of 4 inputs: for so long
+// whatever the inputs are ...
+template <int kBits>
+constexpr int kLargestCode = (1 << (kDotPlanes<kBits> == 2 ? 4 : kBits)) - 1;
+template <int kBits>
+constexpr int kDotPeriod = FRAMEQUILT_DIRECT_DOT || kLargestCode<kBits> <= 15 ? 8
+                           : kLargestCode<kBits> == 31                        ? 4
+                                                                              : 2;
+static_assert(FRAMEQUILT_DIRECT_DOT ||
+              (kDotPeriod<4> * 2 * 15 * 128 <= 32767 && kDotPeriod<5> * 2 * 31 * 128 <= 32767 &&
+               kDotPeriod<6> * 2 * 63 * 128 <= 32767));
+// ... and longer where the inputs are known to allow it: up to kPairBlock of them, 4i and 4i + 1 in
+// one pair sum, 4i + 2 and 4i + 3 in the other. Sums on the way may overflow; the last one is right
+// if it fits int16, and it does if neither the positive nor the negative inputs of a pair sum add
+// up to more than kMostPairInputs.
 constexpr int64_t kPairBlock = 128;
-constexpr int kMostPairInputs = 32767 / 15;
+template <int kBits>
+constexpr int kMostPairInputs = 32767 / kLargestCode<kBits>;
 
 // One accumulator: kLanes sums. Total() is complete after a Flush().
 #if FRAMEQUILT_DIRECT_DOT

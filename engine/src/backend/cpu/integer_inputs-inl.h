@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "hwy/highway.h"
 #include "src/backend/cpu/integer-inl.h"
@@ -36,15 +37,15 @@ struct Inputs {
   int64_t span = 0;               // inputs of a span
   const float* scales = nullptr;  // [rows]
   const float* zeros = nullptr;   // [rows]
-  // [rows, blocks], where products are added up in pairs: after how many words of 4 inputs they
-  // have to leave int16. A block is a span, or kPairBlock inputs of a longer one.
+  // [rows, blocks], where products are added up in pairs: after how many words of 4 inputs, an even
+  // number, they have to leave int16. A block is a span, or kPairBlock inputs of a longer one.
   const uint8_t* periods = nullptr;
   int64_t blocks = 0, block = 0;
   // [rows], where pair sums are centered: minus the zero, twice in a word. Codes with a zero lie to
   // one side of 0, and few blocks of them fit int16; the differences from it, which are what the
   // inputs are, lie around 0. A kernel that knows the sums of a block's weights takes the products
-  // with the zero from the pair sums, where it may overflow, and gives them back in int32. Periods
-  // only tell then whether the differences of a whole block fit.
+  // with the zero from the pair sums, where it may overflow, and gives them back in int32. The
+  // period of a block is 0 then if its differences do not fit as a whole.
   const uint32_t* minus_zeros = nullptr;
 };
 
@@ -108,18 +109,53 @@ struct InputSums {
     for (int i = 0; i < 2; ++i) pairs[i] += rest[i];
     for (int lane = 0; lane < kLanes; ++lane) pairs[lane % 4 / 2] += lanes[lane];
   }
-  static bool Fit(const int32_t (&pairs)[2]) {
+};
+
+// What the periods of rows depend on beside the inputs.
+struct PairLimits {
+  int most = 0;           // kMostPairInputs of the weights' width
+  int safe = 0;           // kDotPeriod
+  bool centered = false;  // Inputs::minus_zeros
+
+  // Of sums as AddPairs makes them.
+  bool Fit(const int32_t (&pairs)[2]) const {
     const int32_t low = std::max(pairs[0] & 0xFFFF, pairs[1] & 0xFFFF);
-    return std::max({low, pairs[0] >> 16, pairs[1] >> 16}) <= kMostPairInputs;
+    return std::max({low, pairs[0] >> 16, pairs[1] >> 16}) <= most;
   }
 };
 
-// quant::quantize_row, the sums of the codes of spans, and, with kPairs, the periods of blocks:
-// those of centered pair sums or not.
+// The period of one block, from the sums of its quarters or, where those fit anyway, halves.
+class BlockPeriod {
+ public:
+  BlockPeriod(const PairLimits& limits) : limits_(limits), part_(limits.safe < 8 ? 8 : 16) {}
+
+  int64_t part_inputs() const { return 4 * part_; }
+  void Add(const int32_t (&part)[2], bool half_ends) {
+    parts_fit_ = parts_fit_ && limits_.Fit(part);
+    for (int i = 0; i < 2; ++i) half_[i] += part[i];
+    if (!half_ends) return;
+    halves_fit_ = halves_fit_ && limits_.Fit(half_);
+    for (int i = 0; i < 2; ++i) block_[i] += std::exchange(half_[i], 0);
+  }
+  uint8_t Words() const {
+    if (limits_.Fit(block_)) return kPairBlock / 4;
+    if (limits_.centered) return 0;
+    return static_cast<uint8_t>(halves_fit_ ? kPairBlock / 8 : parts_fit_ ? part_ : limits_.safe);
+  }
+
+ private:
+  const PairLimits& limits_;
+  const int part_;  // words
+  int32_t half_[2] = {}, block_[2] = {};
+  bool parts_fit_ = true, halves_fit_ = true;
+};
+
+// quant::quantize_row, the sums of the codes of spans, and, with kPairs, the periods of blocks.
 template <bool kPairs>
 HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t span,
                               model::ActivationFormat format, int8_t* codes, float* sums,
-                              uint8_t* periods, bool centered, float* scale_out, float* zero_out) {
+                              uint8_t* periods, const PairLimits& limits, float* scale_out,
+                              float* zero_out) {
   const DF df;
   const DI di;
   const hn::Rebind<int8_t, DF> d8;
@@ -130,7 +166,7 @@ HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t
   if (!range.finite) {
     std::memset(codes, 0, static_cast<size_t>(n));
     std::fill(sums, sums + (n + span - 1) / span, 0.0f);
-    if constexpr (kPairs) std::fill(periods, periods + (n + block - 1) / block, kDotPeriod);
+    if constexpr (kPairs) std::fill(periods, periods + (n + block - 1) / block, kPairBlock / 4);
     *scale_out = std::numeric_limits<float>::quiet_NaN();
     *zero_out = 0.0f;
     return;
@@ -148,7 +184,7 @@ HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t
   *scale_out = scale;
   *zero_out = zero;
   // All in integers below 2^24: it makes no difference where the base is taken off.
-  const float base = centered ? zero : 0.0f;
+  const float base = limits.centered ? zero : 0.0f;
   const int32_t whole_base = static_cast<int32_t>(base);
   const VF divisor = hn::Set(df, scale), shift = hn::Set(df, zero - base);
   const VF low = hn::Set(df, least - base), high = hn::Set(df, most - base);
@@ -157,11 +193,11 @@ HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t
     const VF rounded = hn::Add(hn::Round(hn::Div(v, divisor)), shift);
     return hn::ConvertTo(di, hn::Min(hn::Max(rounded, low), high));
   };
-  const int64_t part = kPairs ? kPairBlock / 2 : block;
   for (int64_t begin = 0; begin < n; begin += block) {
     const int64_t end = std::min(begin + block, n);
-    int32_t of_block[2] = {}, sum = 0;
-    bool halves_fit = true;
+    BlockPeriod period(limits);
+    const int64_t part = kPairs ? period.part_inputs() : block;
+    int32_t sum = 0;
     for (int64_t i = begin; i < end;) {
       const int64_t part_end = std::min(i + part, end);
       InputSums<kPairs> inputs;
@@ -183,22 +219,18 @@ HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t
       }
       int32_t of_part[2] = {};
       inputs.AddPairs(of_part);
-      halves_fit = halves_fit && InputSums<true>::Fit(of_part);
-      for (int pair = 0; pair < 2; ++pair) of_block[pair] += of_part[pair];
+      period.Add(of_part, (i - begin) % (kPairBlock / 2) == 0 || i == end);
     }
     sum += static_cast<int32_t>(end - begin) * whole_base;
     float& of_span = sums[begin / span];
     of_span = static_cast<float>(sum) + (begin % span == 0 ? 0.0f : of_span);
-    if constexpr (kPairs) {
-      *periods++ = InputSums<true>::Fit(of_block) ? kPairBlock / 4
-                   : centered                     ? kHalfWords  // less than any block that can fail
-                   : halves_fit                   ? kPairBlock / 8
-                                                  : kDotPeriod;
-    }
+    if constexpr (kPairs) *periods++ = period.Words();
   }
 }
 
-inline Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
+// For weights of kBits bits.
+template <int kBits>
+Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
   static thread_local InputScratch own;  // of the engine thread; the pool's threads write to it
   InputScratch& scratch = own;
   const LinearWeights& w = *args.w;
@@ -224,9 +256,10 @@ inline Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
   // A single row does without periods: all its sums fit the registers twice. Of few rows, weights
   // are read once, and adding them up would take as long as another row.
   const bool pairs = !FRAMEQUILT_DIRECT_DOT && args.rows > 1;
-  const bool centered = pairs && !args.activations.symmetric && args.rows > kIntegerStreamRows &&
-                        inputs.span <= kPairBlock;
-  if (centered) {
+  PairLimits limits{.most = kMostPairInputs<kBits>, .safe = kDotPeriod<kBits>};
+  limits.centered = pairs && !args.activations.symmetric && args.rows > kIntegerStreamRows &&
+                    inputs.span <= kPairBlock;
+  if (limits.centered) {
     scratch.minus_zeros.reserve(rows);
     inputs.minus_zeros = scratch.minus_zeros.data();
   }
@@ -235,9 +268,9 @@ inline Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
     for (int64_t r = begin; r < end; ++r) {
       quantize_row(args.x + r * args.x_stride, w.in, padded, inputs.span, args.activations,
                    scratch.codes.data() + r * inputs.stride, scratch.sums.data() + r * inputs.spans,
-                   pairs ? scratch.periods.data() + r * inputs.blocks : nullptr, centered,
+                   pairs ? scratch.periods.data() + r * inputs.blocks : nullptr, limits,
                    scratch.scales.data() + r, scratch.zeros.data() + r);
-      if (centered) {
+      if (limits.centered) {
         const auto minus = static_cast<uint16_t>(-static_cast<int32_t>(scratch.zeros[r]));
         scratch.minus_zeros[r] = minus * 0x10001u;
       }

@@ -35,6 +35,7 @@ struct IntegerBlock {
   int64_t steps = 0, span_steps = 0;
   const uint8_t* periods = nullptr;  // [rows, input_blocks], at the panel's first block
   int64_t input_blocks = 0, span_blocks = 0, block_steps = 0;
+  int64_t safe_steps = 0;  // kDotPeriod
   // Of centered pair sums only: Inputs::minus_zeros, and what is to be multiplied with them, the
   // sums of the codes of each block in the lanes of its pair sums.
   const uint32_t* minus_zeros = nullptr;  // [rows]
@@ -91,8 +92,7 @@ enum class PairStart {
   kCentered,  // totals = the products of a whole block, whose code sums are at `code_sums`
 };
 
-// The products of `steps` steps from `begin` on, a multiple of kHalfWords, whose pair sums fit
-// int16. They stay in registers: all vectors at once, or, where codes have two planes, those of one
+// The products of `steps` steps from `begin` on, an even number, whose pair sums fit int16. They stay in registers: all vectors at once, or, where codes have two planes, those of one
 // vector after the other.
 template <int kPlanes, int kRows, PairStart kStart>
 HWY_INLINE void PairProductsOf(const IntegerBlock& b, int64_t begin, int64_t steps,
@@ -150,9 +150,8 @@ HWY_NOINLINE void PairProductsOfBlocks(const IntegerBlock& b, const uint8_t* per
   Unrolled<kRows * kIntegerVectors>([&](auto i) FRAMEQUILT_INLINE { totals[i] = hn::Zero(DI()); });
   for (; begin < end; begin += b.block_steps, ++periods) {
     const int64_t block_end = std::min(begin + b.block_steps, end);
-    // A block that fits only when it is centered takes the period that is right for all.
-    const int64_t period =
-        kCentered ? int64_t{kDotPeriod} : LeastPeriod<kRows>(periods, b.input_blocks);
+    // Without being centered, as blocks that did not fit are not.
+    const int64_t period = kCentered ? b.safe_steps : LeastPeriod<kRows>(periods, b.input_blocks);
     for (int64_t step = begin; step < block_end; step += period) {
       PairProductsOf<kPlanes, kRows, PairStart::kAdd>(b, step, std::min(period, block_end - step),
                                                       nullptr, totals);

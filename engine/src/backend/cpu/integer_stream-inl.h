@@ -139,13 +139,15 @@ class StreamTile {
   }
 
   HWY_INLINE void Products(int64_t begin, int64_t end, VI* totals) const {
-    static_assert(kDotPeriod == 2 * kHalfWords);
+    constexpr int kPeriod = kDotPeriod<kBits>;
+    static_assert(kHalfWords % kPeriod == 0 || kPeriod == 2 * kHalfWords);
+    constexpr int64_t kFlush = std::max(kPeriod, kHalfWords) * 4;  // inputs
     const int8_t* x[kRows];
     Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE { x[r] = x_[r]; });
     DotSum<kPlanes> dots[kRows * kUnits];
     Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { dots[i].Start(); });
     for (int64_t i = begin; i < end;) {
-      const int64_t flush = std::min(end, i + 2 * kHalfInputs);
+      const int64_t flush = std::min(end, i + kFlush);
       for (; i < flush; i += kHalfInputs) {
         Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
           Prefetch(i, u);
@@ -159,7 +161,10 @@ class StreamTile {
             VU planes[kPlanes];
             CutPlanes<kBits>(words[j], planes);
             Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-              dots[r * kUnits + u].Add(planes, FourInputs(x[r] + i + 4 * j));
+              DotSum<kPlanes>& dot = dots[r * kUnits + u];
+              dot.Add(planes, FourInputs(x[r] + i + 4 * j));
+              if constexpr (kPeriod < kHalfWords && (j + 1) % kPeriod == 0 && j + 1 < kHalfWords)
+                dot.Flush();
             });
           });
         });
@@ -183,6 +188,15 @@ class StreamTile {
       Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
         period = std::min<int64_t>(period, periods_[r][block]);
       });
+      if constexpr (kDotPeriod<kBits> < kHalfWords) {
+        if (period < kHalfWords) {
+          VI more[kRows * kUnits];
+          Products(i, block_end, more);
+          Unrolled<kRows * kUnits>(
+              [&](auto k) FRAMEQUILT_INLINE { totals[k] = hn::Add(totals[k], more[k]); });
+          i = block_end;
+        }
+      }
       while (i < block_end) {
         const int64_t flush = std::min(block_end, i + 4 * period);
         VS part[kRows * 2];

@@ -224,6 +224,7 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
         b.input_blocks = inputs.blocks;
         b.span_blocks = (inputs.span + inputs.block - 1) / inputs.block;
         b.block_steps = inputs.block / 4;
+        b.safe_steps = kDotPeriod<kBits>;
         b.periods = inputs.periods + item.row_begin * inputs.blocks + begin / inputs.block;
         if (kCentered) b.minus_zeros = inputs.minus_zeros + item.row_begin;
         b.code_sums = scratch.code_sums.data();
@@ -259,7 +260,7 @@ void IntegerPanels(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool
 template <int kBits>
 void RunInteger(const ops::LinearArgs& args, ThreadPool& pool) {
   if (args.rows == 0) return;
-  const Inputs inputs = QuantizeInputs(args, pool);
+  const Inputs inputs = QuantizeInputs<kBits>(args, pool);
   if (args.rows <= kIntegerStreamRows) return IntegerStream<kBits>(args, inputs, pool);
   IntegerPanels<kBits>(args, inputs, pool);
 }
