@@ -162,7 +162,8 @@ TEST_P(IntegerKernels, SumsOfPairsLeaveInt16InTime) {
       Problem problem(GetParam().weights, out, in, rows, false, false, GetParam().activations);
       std::vector<float> weights(static_cast<size_t>(out) * in, 1.0f);  // the largest codes
       // The codes behind the last one are that of 0, which is the least one without this.
-      for (int o = 0; in == 634 && o < out; ++o) weights[static_cast<size_t>((o + 1) * in - 1)] = -1;
+      for (int o = 0; in == 634 && o < out; ++o)
+        weights[static_cast<size_t>((o + 1) * in - 1)] = -1;
       auto packed = quant::pack_linear(weights.data(), out, in, GetParam().weights,
                                        quant::AffineRange::kIncludeZero);
       ASSERT_TRUE(packed);

@@ -127,7 +127,8 @@ struct PairLimits {
 // The period of one block, from the sums of its quarters or, where those fit anyway, halves.
 class BlockPeriod {
  public:
-  BlockPeriod(const PairLimits& limits) : limits_(limits), part_(limits.safe < 8 ? 8 : 16) {}
+  explicit BlockPeriod(const PairLimits& limits)
+      : limits_(limits), part_(limits.safe < 8 ? 8 : 16) {}
 
   int64_t part_inputs() const { return 4 * part_; }
   void Add(const int32_t (&part)[2], bool half_ends) {

@@ -40,8 +40,8 @@ struct IntegerBlock {
   // sums of the codes of each block in the lanes of its pair sums.
   const uint32_t* minus_zeros = nullptr;  // [rows]
   const uint32_t* code_sums = nullptr;    // [blocks, planes, vectors, lanes]
-  float* sums = nullptr;  // [rows, kIntegerSumStride]
-  bool first = false;     // start from 0 instead of from sums
+  float* sums = nullptr;                  // [rows, kIntegerSumStride]
+  bool first = false;                     // start from 0 instead of from sums
 };
 
 // totals[row][vector]: the products of span `span` of a panel, which has the steps [begin, end).
@@ -92,8 +92,9 @@ enum class PairStart {
   kCentered,  // totals = the products of a whole block, whose code sums are at `code_sums`
 };
 
-// The products of `steps` steps from `begin` on, an even number, whose pair sums fit int16. They stay in registers: all vectors at once, or, where codes have two planes, those of one
-// vector after the other.
+// The products of `steps` steps from `begin` on, an even number, whose pair sums fit int16. They
+// stay in registers: all vectors at once, or, where codes have two planes, those of one vector
+// after the other.
 template <int kPlanes, int kRows, PairStart kStart>
 HWY_INLINE void PairProductsOf(const IntegerBlock& b, int64_t begin, int64_t steps,
                                const uint32_t* code_sums, VI* totals) {
@@ -114,7 +115,8 @@ HWY_INLINE void PairProductsOf(const IntegerBlock& b, int64_t begin, int64_t ste
     Unrolled<kRows * 2>([&](auto i) FRAMEQUILT_INLINE {
       part[i] = hn::Zero(DS());
       if constexpr (kStart == PairStart::kCentered)
-        part[i] = hn::Mul(codes_of(i), minus_zero_of(i));  // may overflow, as the sum may until its end
+        part[i] =
+            hn::Mul(codes_of(i), minus_zero_of(i));  // may overflow, as the sum may until its end
     });
     const uint32_t* HWY_RESTRICT words = b.panel + begin * kStepWords + pass * kLanes;
     const int8_t* HWY_RESTRICT x = b.x + 4 * begin;
@@ -165,7 +167,8 @@ HWY_INLINE void SpanProducts(const IntegerBlock& b, int64_t span, int64_t begin,
                              VI* totals) {
   constexpr PairStart kStart = kCentered ? PairStart::kCentered : PairStart::kZero;
   const uint8_t* const periods = b.periods + span * b.span_blocks;
-  if (b.span_blocks == 1 && LeastPeriod<kRows>(periods, b.input_blocks) >= b.block_steps) [[likely]] {
+  if (b.span_blocks == 1 && LeastPeriod<kRows>(periods, b.input_blocks) >= b.block_steps)
+      [[likely]] {
     const uint32_t* const code_sums =
         kCentered ? b.code_sums + span * kPlanes * kIntegerColumns : nullptr;
     return PairProductsOf<kPlanes, kRows, kStart>(b, begin, end - begin, code_sums, totals);

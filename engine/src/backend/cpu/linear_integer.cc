@@ -230,8 +230,8 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
         b.code_sums = scratch.code_sums.data();
         b.first = begin == 0;
         b.sums = scratch.sums.data() + (column - item.column_begin);
-        IntegerPanel<kDotPlanes<kBits>, kCentered>(b, item.row_end - item.row_begin,
-                                                   strips(column), before, after);
+        IntegerPanel<kDotPlanes<kBits>, kCentered>(b, item.row_end - item.row_begin, strips(column),
+                                                   before, after);
       },
       [&](int64_t row, int64_t columns) {
         float* const sums = scratch.sums.data() + row * kIntegerSumStride;

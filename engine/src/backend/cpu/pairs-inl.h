@@ -103,8 +103,8 @@ HWY_INLINE void AddPairDots(const VU (&vectors)[kVectors], const uint32_t* word,
   uint32_t bits;
   __builtin_memcpy(&bits, word, sizeof bits);
   const VU codes = hn::Set(DU(), bits);
-  Unrolled<kVectors>(
-      [&](auto v) FRAMEQUILT_INLINE { sums[v] = PairDot(sums[v], vectors[v], codes); });
+  Unrolled<kVectors>([&](auto v)
+                         FRAMEQUILT_INLINE { sums[v] = PairDot(sums[v], vectors[v], codes); });
 }
 
 // add_dots(vectors, word, sums): one row's part of a step. before(): called in every step.
@@ -120,8 +120,8 @@ HWY_INLINE void AddProducts(const WordProducts& p, VI (&acc)[kRows * kVectors],
     VU vectors[kVectors];
     Unrolled<kVectors>([&](auto v)
                            FRAMEQUILT_INLINE { vectors[v] = hn::Load(du, b + v * kLanes); });
-    Unrolled<kRows>([&](auto r)
-                        FRAMEQUILT_INLINE { add_dots(vectors, a + r * a_row, acc + r * kVectors); });
+    Unrolled<kRows>(
+        [&](auto r) FRAMEQUILT_INLINE { add_dots(vectors, a + r * a_row, acc + r * kVectors); });
   }
 }
 

@@ -31,8 +31,8 @@ HWY_INLINE void AddWordDots(const VU (&vectors)[kVectors], const uint32_t* word,
   uint32_t bits;
   __builtin_memcpy(&bits, word, sizeof bits);
   const VU codes = hn::Set(DU(), bits);
-  Unrolled<kVectors>(
-      [&](auto v) FRAMEQUILT_INLINE { sums[v] = DirectDot(sums[v], vectors[v], codes); });
+  Unrolled<kVectors>([&](auto v)
+                         FRAMEQUILT_INLINE { sums[v] = DirectDot(sums[v], vectors[v], codes); });
 }
 HWY_INLINE VU WordVector(VU words) { return words; }
 // The vector operand is unsigned: its codes are 128 larger, and a sum starts that much lower.
