@@ -148,7 +148,7 @@ def _call(series: dict[str, list[Series]], **fields: Any) -> dict[str, Any]:
 
 
 def test_rows_of_stored_results_say_which_call_they_are_from() -> None:
-    stored = json.loads((STORED).read_text())
+    stored = json.loads(STORED.read_text())
     merged = merging.merge(stored, _call({"load": [_series("w4g128", [0.1])]}))
     for row in merged["rows"]:
         assert row["bench"] in merged["runs"][row["run"] - 1]["benches"]
@@ -192,7 +192,7 @@ def test_samples_survive_being_stored() -> None:
 
 
 def test_the_budget_takes_from_earlier_calls_what_is_missing_and_says_so() -> None:
-    stored = json.loads((STORED).read_text())
+    stored = json.loads(STORED.read_text())
     parts = {
         "video-frames": [_series("PyAV", [0.25])],
         "video-projector": [_series("w4g128 a8", [0.5])],
