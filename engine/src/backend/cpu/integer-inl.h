@@ -11,7 +11,8 @@
 // Highway has one target for all NEON processors, and none for AVX2 with a dot product. A file that
 // defines one of these before it includes this is for processors with an extension:
 // FRAMEQUILT_NEON_DOT: 1 for SDOT (signed bytes), 2 for USDOT;
-// FRAMEQUILT_AVX2_DOT: 1 for AVX-VNNI, 2 for the same instruction as AVX-512 encodes it.
+// FRAMEQUILT_AVX2_DOT: 1 for AVX-VNNI, 2 for the same instruction as AVX-512 encodes it;
+// FRAMEQUILT_AMX: 1 for AVX-512 with VNNI and the matrix registers of AMX (amx-inl.h).
 #if defined(FRAMEQUILT_CPU_INTEGER_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FRAMEQUILT_CPU_INTEGER_INL_H_
 #undef FRAMEQUILT_CPU_INTEGER_INL_H_
@@ -20,6 +21,7 @@
 #endif
 
 #include "hwy/highway.h"
+#include "src/backend/cpu/amx-inl.h"
 #include "src/backend/cpu/pieces-inl.h"
 
 #undef FRAMEQUILT_DOT_NAMESPACE
@@ -27,6 +29,8 @@
 #define FRAMEQUILT_DOT_NAMESPACE neon_i8mm
 #elif FRAMEQUILT_NEON_DOT == 1
 #define FRAMEQUILT_DOT_NAMESPACE neon_dot
+#elif FRAMEQUILT_AMX
+#define FRAMEQUILT_DOT_NAMESPACE amx
 #elif FRAMEQUILT_AVX2_DOT == 2
 #define FRAMEQUILT_DOT_NAMESPACE avx512_vnni
 #elif FRAMEQUILT_AVX2_DOT == 1

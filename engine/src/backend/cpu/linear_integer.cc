@@ -19,6 +19,7 @@
 #define HWY_TARGET_INCLUDE "src/backend/cpu/linear_integer.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "src/backend/cpu/amx_panel-inl.h"
 #include "src/backend/cpu/integer_panel-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -34,7 +35,7 @@ constexpr int64_t kIntegerGroupColumns = 64;  // columns of one item of work
 constexpr int64_t kIntegerSumStride = kIntegerGroupColumns + kLanes;
 // A panel is a row of strips of kIntegerColumns, as many as fit the first cache level beside the
 // rows that they are multiplied with: those come from the second level, once for all strips.
-constexpr int64_t kIntegerStrips = kManyRegisters ? 1 : 2;
+constexpr int64_t kIntegerStrips = kManyRegisters && !FRAMEQUILT_HAVE_AMX ? 1 : 2;
 constexpr int64_t kIntegerPanelColumns = kIntegerStrips * kIntegerColumns;
 constexpr int64_t kIntegerInputs = quant::kIntegerSpan;  // inputs of a panel: whole spans
 constexpr int64_t kStripWords = kIntegerInputs / 4 * 2 * kIntegerColumns;
@@ -105,12 +106,28 @@ template <int kPlanes, bool kCentered>
 constexpr auto kIntegerMicros = MakeIntegerMicros<kPlanes, kCentered>(
     std::make_integer_sequence<int, kIntegerMicroRows - kIntegerLeastRows + 1>());
 
+#if FRAMEQUILT_HAVE_AMX
+constexpr int64_t kPanelTileRows = kAmxRows;
+template <int kPlanes, bool kCentered>
+HWY_INLINE void PanelMicro(const IntegerBlock& b, int64_t rows) {
+  static_assert(kPlanes == 1);
+  rows > kTileSide ? AmxStrip<2>(b, rows, kIntegerSumStride)
+                   : AmxStrip<1>(b, rows, kIntegerSumStride);
+}
+#else
+constexpr int64_t kPanelTileRows = kIntegerMicroRows;
+template <int kPlanes, bool kCentered>
+HWY_INLINE void PanelMicro(const IntegerBlock& b, int64_t rows) {
+  kIntegerMicros<kPlanes, kCentered>[static_cast<size_t>(rows - kIntegerLeastRows)](b);
+}
+#endif
+
 // All `rows` of the first `strips` strips of a panel: before(begin, count) and after(begin, count)
 // are called around the rows of each tile.
 template <int kPlanes, bool kCentered, class Before, class After>
 void IntegerPanel(const IntegerBlock& b, int64_t rows, int64_t strips, const Before& before,
                   const After& after) {
-  ForTiles(rows, kIntegerMicroRows, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
+  ForTiles(rows, kPanelTileRows, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
     before(begin, count);
     IntegerBlock part = b;
     part.x += begin * b.x_stride;
@@ -119,7 +136,7 @@ void IntegerPanel(const IntegerBlock& b, int64_t rows, int64_t strips, const Bef
     if (kCentered) part.minus_zeros += begin;
     part.sums += begin * kIntegerSumStride;
     for (int64_t strip = 0; strip < strips; ++strip) {
-      kIntegerMicros<kPlanes, kCentered>[static_cast<size_t>(count - kIntegerLeastRows)](part);
+      PanelMicro<kPlanes, kCentered>(part, count);
       part.panel += kStripWords;
       part.numbers += kStripNumbers;
       if (kCentered) part.code_sums += kStripNumbers;
@@ -174,6 +191,11 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
       to += kPlanes * kIntegerColumns;
     });
   }
+#if FRAMEQUILT_HAVE_AMX
+  // The rest of the last tile: inputs that are multiplied with it are anything.
+  const int64_t tile = TileInputs(span);
+  for (int64_t i = end; i % tile != 0; i += 4, to += kIntegerColumns) hn::Store(hn::Zero(DU()), DU(), to);
+#endif
 #if !FRAMEQUILT_DIRECT_DOT
   if constexpr (kCentered) {
     SumCodes<kPlanes>(scratch.panel.data() + strip * kStripWords + lane, span, begin, end,
@@ -193,17 +215,25 @@ template <int kBits, bool kCentered>
 void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
   const LinearWeights& w = *item.args.w;
   IntegerScratch& scratch = ThreadIntegerScratch();
+#if FRAMEQUILT_HAVE_AMX
+  const Tiles tiles(TileInputs(inputs.span));
+#endif
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
   const auto strips = [&](int64_t column) {
     const int64_t columns = std::min(kIntegerPanelColumns, item.column_end - column);
     return (columns + kIntegerColumns - 1) / kIntegerColumns;
   };
+#if FRAMEQUILT_HAVE_AMX
+  const int64_t inputs_at_once = inputs.span > 256 ? kIntegerInputs : 256;
+#else
+  constexpr int64_t inputs_at_once = kIntegerInputs;
+#endif
   ForPanels(
-      item, padded, kIntegerInputs, kIntegerPanelColumns,
+      item, padded, inputs_at_once, kIntegerPanelColumns,
       [&](const LinearWeights& next, int64_t column, int64_t begin) {
         return AskFor(next, next.padded_in() / 32 * SuperblockBytes(kBits), SuperblockBytes(kBits),
                       column, kIntegerPanelColumns, begin,
-                      std::min(begin + kIntegerInputs, padded));
+                      std::min(begin + inputs_at_once, padded));
       },
       [&](int64_t begin, int64_t end, int64_t column) {
         for (int64_t v = 0; v < strips(column) * kIntegerVectors; ++v) {
@@ -221,6 +251,9 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
         b.numbers = scratch.numbers.data();
         b.steps = (end - begin) / 4;
         b.span_steps = inputs.span / 4;
+#if FRAMEQUILT_HAVE_AMX
+        b.tile_inputs = TileInputs(inputs.span);
+#endif
         b.input_blocks = inputs.blocks;
         b.span_blocks = (inputs.span + inputs.block - 1) / inputs.block;
         b.block_steps = inputs.block / 4;
@@ -300,6 +333,8 @@ HWY_EXPORT(IntegerW2);
 void fill_neon_i8mm_linear_kernels(Kernels& kernels) {
 #elif FRAMEQUILT_NEON_DOT == 1
 void fill_neon_dot_linear_kernels(Kernels& kernels) {
+#elif FRAMEQUILT_AMX
+void fill_amx_linear_kernels(Kernels& kernels) {
 #elif FRAMEQUILT_AVX2_DOT == 2
 void fill_avx512_vnni_linear_kernels(Kernels& kernels) {
 #elif FRAMEQUILT_AVX2_DOT == 1

@@ -38,4 +38,25 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   else()
     message(STATUS "Target avx2_vnni: not built, the assembler does not know {vex} vpdpbusd")
   endif()
+
+  # Matrix registers, in assembly as well: GNU binutils 2.35, LLVM 12. Linux gives them to a process
+  # that asks.
+  check_cxx_source_compiles([[
+    #if !defined(__x86_64__) || !defined(__linux__)
+    #error
+    #endif
+    int main() {
+      __asm__ volatile("tdpbsud %tmm2, %tmm1, %tmm0");
+      __asm__ volatile("tdpbf16ps %tmm2, %tmm1, %tmm0");
+      return 0;
+    }
+  ]] FRAMEQUILT_AMX)
+  if(FRAMEQUILT_AMX)
+    set_property(SOURCE ${CMAKE_CURRENT_LIST_DIR}/targets.cc APPEND PROPERTY
+                 COMPILE_DEFINITIONS FRAMEQUILT_HAVE_AMX_FILES=1)
+    set_property(SOURCE ${CMAKE_CURRENT_LIST_DIR}/linear_integer_amx.cc
+                 APPEND PROPERTY COMPILE_DEFINITIONS FRAMEQUILT_AMX=1)
+  else()
+    message(STATUS "Target avx3_amx: not built, the assembler does not know tdpbsud")
+  endif()
 endif()

@@ -14,8 +14,12 @@
 #if HWY_ARCH_ARM_A64 && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
-#elif FRAMEQUILT_AVX2_VNNI
+#elif HWY_ARCH_X86
 #include <cpuid.h>
+#endif
+#if FRAMEQUILT_HAVE_AMX_FILES
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace fq::backend::cpu {
@@ -40,6 +44,27 @@ auto avx2_vnni() -> void (*)(Kernels&) {
 }
 #endif
 
+#if FRAMEQUILT_HAVE_AMX_FILES
+// Whether this process may use matrix registers with products of bytes and of bfloat16 numbers.
+// Linux allows it to those that ask; the answer is for all threads, for good.
+bool may_use_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  if ((edx & (kBf16 | kTile | kInt8)) != (kBf16 | kTile | kInt8)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, of Linux 5.16 and later
+  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+}
+#endif
+
+#if FRAMEQUILT_HAVE_AMX_FILES
+void fill_amx_kernels(Kernels& kernels) {
+  fill_bf16dot_linear_kernels(kernels);
+  fill_amx_linear_kernels(kernels);
+}
+#endif
+
 // Best first: the extensions of the machine that add targets to Highway's target `bit`. `best`:
 // Highway has no better one here.
 std::vector<Target> extended_targets([[maybe_unused]] int64_t bit, [[maybe_unused]] bool best) {
@@ -56,6 +81,9 @@ std::vector<Target> extended_targets([[maybe_unused]] int64_t bit, [[maybe_unuse
   if (i8mm) targets.push_back({"neon_i8mm", bit, &fill_neon_i8mm_linear_kernels});
   if (dot) targets.push_back({"neon_dot", bit, &fill_neon_dot_linear_kernels});
 #elif HWY_ARCH_X86
+#if FRAMEQUILT_HAVE_AMX_FILES
+  if (bit == HWY_AVX3_DL && may_use_amx()) targets.push_back({"avx3_amx", bit, &fill_amx_kernels});
+#endif
   if (bit == HWY_AVX3_DL && __builtin_cpu_supports("avx512bf16"))
     targets.push_back({"avx3_bf16", bit, &fill_bf16dot_linear_kernels});
 #endif
