@@ -8,6 +8,7 @@
 #define FRAMEQUILT_CPU_AMX_INL_H_
 #endif
 
+#include <cstddef>
 #include <cstdint>
 
 #include "hwy/highway.h"
@@ -62,10 +63,80 @@ template <int kTile>
 HWY_INLINE void StoreTile(void* to, int64_t stride) {
   __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(to), "r"(stride) : "memory");
 }
-// sums += inputs * weights, exactly: signed inputs times unsigned weights, int32 sums.
-template <int kSums, int kInputs, int kWeights>
+// sums += inputs * weights, exactly: inputs of a byte, signed or not, times unsigned weights.
+template <int kSums, int kInputs, int kWeights, bool kSigned>
 HWY_INLINE void AddTileProducts() {
-  __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kInputs), "i"(kWeights));
+  if constexpr (kSigned) {
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kInputs),
+                     "i"(kWeights));
+  } else {
+    __asm__ volatile("tdpbuud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kInputs),
+                     "i"(kWeights));
+  }
+}
+
+// --- Four tiles of sums ------------------------------------------------------------------------
+//
+// One or two tiles of inputs, `first` and `second`, times two neighbouring ones of weights: what
+// keeps loading of tiles behind multiplying them. The sums of `second` lie behind those of `first`.
+
+constexpr int64_t kSumColumns = 2 * kTileSide;
+constexpr int64_t kSumRowBytes = kSumColumns * 4;
+
+struct TileInputs {
+  const void* first = nullptr;
+  const void* second = nullptr;
+  int64_t stride = 0;           // bytes between rows
+  const uint32_t* words = nullptr;  // of the weights: rows of 4 inputs of 32 columns
+  int64_t word_stride = 0;      // words between rows
+  int64_t tiles = 0;            // of tile_inputs inputs each
+  int64_t tile_inputs = kTileBytes;
+};
+
+// `between()` is called after each product of two tiles.
+template <int kHalves, bool kFirstSigned, bool kSecondSigned, class Between>
+HWY_INLINE void MultiplyTiles(const TileInputs& in, const Between& between) {
+  ZeroTile<0>();
+  ZeroTile<1>();
+  if constexpr (kHalves == 2) {
+    ZeroTile<2>();
+    ZeroTile<3>();
+  }
+  const int64_t word_bytes = in.word_stride * 4, words_of_tile = in.word_stride * in.tile_inputs / 4;
+  const auto* first = static_cast<const std::byte*>(in.first);
+  const auto* second = static_cast<const std::byte*>(in.second);
+  const uint32_t* words = in.words;
+  for (int64_t left = in.tiles; left > 0; --left) {
+    LoadTile<6>(words, word_bytes);
+    LoadTile<4>(first, in.stride);
+    AddTileProducts<0, 4, 6, kFirstSigned>();
+    between();
+    LoadTile<7>(words + kTileSide, word_bytes);
+    AddTileProducts<1, 4, 7, kFirstSigned>();
+    between();
+    if constexpr (kHalves == 2) {
+      LoadTile<5>(second, in.stride);
+      AddTileProducts<2, 5, 6, kSecondSigned>();
+      between();
+      AddTileProducts<3, 5, 7, kSecondSigned>();
+      between();
+    }
+    words += words_of_tile;
+    first += in.tile_inputs;
+    second += in.tile_inputs;
+  }
+}
+
+// To [kHalves * 16][kSumColumns].
+template <int kHalves>
+HWY_INLINE void StoreSums(int32_t* sums) {
+  StoreTile<0>(sums, kSumRowBytes);
+  StoreTile<1>(sums + kTileSide, kSumRowBytes);
+  if constexpr (kHalves == 2) {
+    sums += kTileSide * kSumColumns;
+    StoreTile<2>(sums, kSumRowBytes);
+    StoreTile<3>(sums + kTileSide, kSumRowBytes);
+  }
 }
 
 #else

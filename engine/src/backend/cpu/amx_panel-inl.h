@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "src/backend/cpu/amx-inl.h"
@@ -21,101 +22,104 @@ namespace HWY_NAMESPACE {
 inline namespace FRAMEQUILT_DOT_NAMESPACE {
 #if FRAMEQUILT_HAVE_AMX
 
-static_assert(kIntegerColumns == 2 * kTileSide);
+static_assert(kIntegerColumns == kSumColumns);
 
 // Inputs of a tile: whole tiles make a span, or all of a shorter one. Only the last span of a row
 // may end within a tile; its weights are 0 there.
-constexpr int64_t TileInputs(int64_t span) {
+constexpr int64_t InputsOfTile(int64_t span) {
   return span <= 16 ? 16 : span <= 32 ? 32 : kTileBytes;
 }
 
-constexpr int64_t kAmxRows = 2 * kTileSide;  // of a tile of sums
-constexpr int64_t kTotalsBytes = kIntegerColumns * 4;
+constexpr int64_t kAmxRows = 2 * kTileSide;  // of two tiles of inputs
 
-// The products of the steps of one span: totals [rows][kIntegerColumns].
-template <int kHalves>
-HWY_INLINE void MultiplyTiles(const int8_t* x, int64_t x_stride, const uint32_t* words,
-                              int64_t tiles, int64_t tile_inputs) {
-  ZeroTile<0>();
-  ZeroTile<1>();
-  if constexpr (kHalves == 2) {
-    ZeroTile<2>();
-    ZeroTile<3>();
-  }
-  for (; tiles > 0; --tiles, x += tile_inputs, words += tile_inputs / 4 * kIntegerColumns) {
-    LoadTile<6>(words, kTotalsBytes);
-    LoadTile<4>(x, x_stride);
-    AddTileProducts<0, 4, 6>();
-    LoadTile<7>(words + kTileSide, kTotalsBytes);
-    AddTileProducts<1, 4, 7>();
-    if constexpr (kHalves == 2) {
-      LoadTile<5>(x + kTileSide * x_stride, x_stride);
-      AddTileProducts<2, 5, 6>();
-      AddTileProducts<3, 5, 7>();
-    }
-  }
-}
-
-template <int kHalves>
-HWY_INLINE void StoreTotals(int32_t* totals) {
-  StoreTile<0>(totals, kTotalsBytes);
-  StoreTile<1>(totals + kTileSide, kTotalsBytes);
-  if constexpr (kHalves == 2) {
-    totals += kTileSide * kIntegerColumns;
-    StoreTile<2>(totals, kTotalsBytes);
-    StoreTile<3>(totals + kTileSide, kTotalsBytes);
-  }
-}
-
-// What is added to the sums of `rows` rows for a span.
-template <bool kFirst>
-HWY_INLINE void AddTotals(const int32_t* totals, int64_t rows, const float* numbers,
-                          const float* inputs, int64_t input_spans, float* sums,
-                          int64_t sum_stride) {
-  const DF df;
+// The int32 sums of a span on their way to float32. They are added up a few rows at a time, between
+// the products of the next span, so that both kinds of arithmetic units have work.
+template <int64_t kSumStride>
+struct Totals {
+  const int32_t* at = nullptr;     // [rows][kIntegerColumns]
+  const float* numbers = nullptr;  // of the span
+  const float* inputs = nullptr;   // of the rows, input_spans apart
+  int64_t input_spans = 0;
+  float* sums = nullptr;                      // [rows][kSumStride]
+  decltype(hn::FirstN(DF(), size_t{})) kept;  // none of the old sums, or all
   SpanNumbers n[2];
-  Unrolled<2>([&](auto v) FRAMEQUILT_INLINE {
-    n[v].scale = hn::Load(df, numbers + v * kLanes);
-    n[v].shift = hn::Load(df, numbers + (2 + v) * kLanes);
-  });
-  for (; rows > 0; --rows) {
+
+  HWY_INLINE void Start() {
     Unrolled<2>([&](auto v) FRAMEQUILT_INLINE {
-      float* const sum = sums + v * kLanes;
-      const VF old = kFirst ? hn::Zero(df) : hn::Load(df, sum);
-      hn::Store(AddSpan(old, hn::Load(DI(), totals + v * kLanes), n[v], *inputs), df, sum);
+      n[v].scale = hn::Load(DF(), numbers + v * kLanes);
+      n[v].shift = hn::Load(DF(), numbers + (2 + v) * kLanes);
     });
-    totals += kIntegerColumns;
-    inputs += input_spans;
-    sums += sum_stride;
   }
+  template <int kRows>
+  HWY_INLINE void Add() {
+    Unrolled<kRows>([&](auto) FRAMEQUILT_INLINE {
+      Unrolled<2>([&](auto v) FRAMEQUILT_INLINE {
+        float* const sum = sums + v * kLanes;
+        const VF old = hn::MaskedLoad(kept, DF(), sum);
+        hn::Store(AddSpan(old, hn::Load(DI(), at + v * kLanes), n[v], *inputs), DF(), sum);
+      });
+      at += kIntegerColumns;
+      inputs += input_spans;
+      sums += kSumStride;
+    });
+  }
+};
+
+// kHalves tiles of rows times one strip, whatever the last rows are. kRows: sums of rows that are
+// added up after each product of two tiles.
+template <int kHalves, int kRows, int64_t kSumStride>
+HWY_NOINLINE void AmxStrip(const IntegerBlock& b) {
+  alignas(64) int32_t totals[kHalves * kTileSide * kIntegerColumns];
+  const int32_t* const totals_end = totals + kHalves * kTileSide * kIntegerColumns;
+  const int64_t tile_inputs = b.tile_inputs;
+  Totals<kSumStride> last;
+  last.input_spans = b.input_spans;
+  const auto products = [&](int64_t begin, const auto& between) FRAMEQUILT_INLINE {
+    const int64_t inputs = 4 * std::min(b.span_steps, b.steps - begin);
+    TileInputs in;
+    in.first = b.x + 4 * begin;
+    in.second = b.x + 4 * begin + kTileSide * b.x_stride;
+    in.stride = b.x_stride;
+    in.words = b.panel + begin * kIntegerColumns;
+    in.word_stride = kIntegerColumns;
+    in.tiles = (inputs + tile_inputs - 1) / tile_inputs;
+    in.tile_inputs = tile_inputs;
+    MultiplyTiles<kHalves, true, true>(in, between);
+  };
+  const auto start = [&](int64_t span) FRAMEQUILT_INLINE {
+    last.at = totals;
+    last.numbers = b.numbers + span * 2 * kIntegerColumns;
+    last.inputs = b.input_sums + span;
+    last.sums = b.sums;
+    last.kept = hn::FirstN(DF(), b.first && span == 0 ? 0 : kLanes);
+    last.Start();
+  };
+  const auto finish = [&]() FRAMEQUILT_INLINE {
+    while (last.at < totals_end) last.template Add<kRows>();
+  };
+  products(0, []() FRAMEQUILT_INLINE {});
+  StoreSums<kHalves>(totals);
+  int64_t span = 1;
+  for (int64_t begin = b.span_steps; begin < b.steps; begin += b.span_steps, ++span) {
+    start(span - 1);
+    products(begin, [&]() FRAMEQUILT_INLINE { last.template Add<kRows>(); });
+    finish();
+    StoreSums<kHalves>(totals);
+  }
+  start(span - 1);
+  finish();
 }
 
-// Up to 32 rows of one strip. The sums of a span go through memory, and are added up while the next
-// one is multiplied.
-template <int kHalves>
-HWY_NOINLINE void AmxStrip(const IntegerBlock& b, int64_t rows, int64_t sum_stride) {
-  alignas(64) int32_t totals[2][kHalves * kTileSide * kIntegerColumns];
-  const int64_t tile_inputs = b.tile_inputs;
-  const float* inputs = b.input_sums;
-  const float* numbers = b.numbers;
-  const auto add = [&](int64_t span) FRAMEQUILT_INLINE {
-    if (span == 0 && b.first) {
-      AddTotals<true>(totals[span % 2], rows, numbers, inputs, b.input_spans, b.sums, sum_stride);
-    } else {
-      AddTotals<false>(totals[span % 2], rows, numbers, inputs, b.input_spans, b.sums, sum_stride);
-    }
-    numbers += 2 * kIntegerColumns;
-    ++inputs;
+// The same for 1 to 32 rows. What lies behind them is read and written, up to whole tiles.
+template <int64_t kSumStride>
+HWY_INLINE void AmxStrips(const IntegerBlock& b, int64_t rows) {
+  const int64_t tiles = (4 * b.span_steps + b.tile_inputs - 1) / b.tile_inputs;
+  const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    rows > kTileSide ? AmxStrip<2, kRows, kSumStride>(b) : AmxStrip<1, kRows, kSumStride>(b);
   };
-  int64_t span = 0;
-  for (int64_t begin = 0; begin < b.steps; begin += b.span_steps, ++span) {
-    const int64_t steps = std::min(b.span_steps, b.steps - begin);
-    MultiplyTiles<kHalves>(b.x + 4 * begin, b.x_stride, b.panel + begin * kIntegerColumns,
-                           (4 * steps + tile_inputs - 1) / tile_inputs, tile_inputs);
-    if (span > 0) add(span - 1);
-    StoreTotals<kHalves>(totals[span % 2]);
-  }
-  add(span - 1);
+  if (tiles == 1) return run(std::integral_constant<int, 8>());
+  if (tiles == 2) return run(std::integral_constant<int, 4>());
+  run(std::integral_constant<int, 1>());
 }
 
 #endif

@@ -18,14 +18,17 @@
 #define HWY_TARGET_INCLUDE "src/backend/cpu/attention.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "src/backend/cpu/amx_attention-inl.h"
 #include "src/backend/cpu/attention_tile-inl.h"
 #include "src/backend/cpu/code_products-inl.h"
 #include "src/backend/cpu/exact_products-inl.h"
 #include "src/backend/cpu/half_products-inl.h"
+#include "src/backend/cpu/integer-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
+inline namespace FRAMEQUILT_DOT_NAMESPACE {
 #if FRAMEQUILT_HAVE_SIMD
 
 constexpr int64_t kProductMostRows = 16;  // up to here straight from the page
@@ -41,6 +44,9 @@ void LoadQuery(const KvPageLayout& layout, bool exact, const float* q, int64_t r
   if (layout.k.has_codes() && !exact) {
     factor *= QueryCodes(q, layout.k, dims, s.q_codes.data() + row * 2 * QueryWords(layout.k),
                          s.q_sums.data() + row * layout.k.groups);
+#if FRAMEQUILT_HAVE_AMX
+    SplitQuery(layout.k, row, s);
+#endif
   } else {
     std::memcpy(s.q.data() + row * dims, q, static_cast<size_t>(dims) * sizeof(float));
   }
@@ -65,6 +71,10 @@ void PageScores(const KvPageLayout& layout, bool exact, const std::byte* head, i
   const int64_t whole = RoundUp(tokens, kLanes);
   if (part.has_codes() && exact)
     return ExactScores(layout, head, first, rows, tokens, s, scores, stride);
+#if FRAMEQUILT_HAVE_AMX
+  if (part.has_codes() && rows >= kAmxLeastRows)
+    return AmxScores(layout, head, first, rows, s, scores, stride, ahead);
+#endif
   if (part.has_codes()) {
     const PageParams params = ReadParams(layout, part, head, s.scales.data(), s.zeros.data());
     ReadWords(part, head, part.rows, whole, kPageTokens, s.words.data(), ahead);
@@ -114,7 +124,14 @@ void PageValues(const KvPageLayout& layout, bool exact, const std::byte* head, c
     return ExactValues(layout, head, p, rows, tokens, s, out, out_stride);
   if (part.has_codes()) {
     const PageParams params = ReadParams(layout, part, head, s.scales.data(), s.zeros.data());
-    ReadWords(part, head, tokens, out_stride, out_stride, s.words.data(), ahead);
+#if FRAMEQUILT_HAVE_AMX
+    const bool tiles = rows >= kAmxLeastRows;
+    const int64_t columns = RoundUp(part.columns, kByteColumns);
+    if (tiles) {
+      ReadBytes(part, head, 0, RoundUp(tokens, 4), part.columns, columns, s.words.data(), ahead);
+    } else
+#endif
+      ReadWords(part, head, tokens, out_stride, out_stride, s.words.data(), ahead);
     CodeValues x;
     x.products.a = reinterpret_cast<const uint32_t*>(s.weight_codes.data());
     x.products.a_row = kPageTokens / 2;
@@ -132,6 +149,18 @@ void PageValues(const KvPageLayout& layout, bool exact, const std::byte* head, c
         s.steps[row] = WeightCodes(p + r * kBlock, params.scales + at, params.zeros + at, tokens,
                                    s.weight_codes.data() + r * kPageTokens, &s.zero_sums[row]);
       }
+#if FRAMEQUILT_HAVE_AMX
+      if (tiles) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t of_row = r * kPageTokens;
+          SplitCodes(s.weight_codes.data() + of_row, kPageTokens, s.weight_high.data() + of_row,
+                     s.weight_low.data() + of_row);
+        }
+        AmxValues(s.words.data() + begin, columns, rows, RoundUp(part.group, kLanes), s,
+                  out + begin, out_stride, ahead);
+        continue;
+      }
+#endif
       x.products.b = s.words.data() + begin;
       x.c = out + begin;
       CodeProducts(x, rows, RoundUp(part.group, kLanes));
@@ -174,6 +203,9 @@ void Reserve(AttentionScratch& s, const KvPageLayout& layout, bool exact, int64_
   if (layout.k.has_codes() && !exact) {
     reserve(s.q_codes, rows * 2 * QueryWords(layout.k));
     reserve(s.q_sums, rows * layout.k.groups);
+#if FRAMEQUILT_HAVE_AMX
+    s.q_rows = std::max(s.q_rows, rows);
+#endif
   } else {
     reserve(s.q, rows * dims);
     reserve(s.k, dims * kBlock);
@@ -185,6 +217,9 @@ void Reserve(AttentionScratch& s, const KvPageLayout& layout, bool exact, int64_
   } else {
     reserve(s.v, kBlock * stride);
   }
+#if FRAMEQUILT_HAVE_AMX
+  if (!exact) ReserveBytes(layout, s.q_rows, s);
+#endif
 }
 
 // Consecutive rows [row_begin, row_end) of one sequence, with all query heads of a kv head. Rows of
@@ -443,6 +478,7 @@ void Importance(const ops::ImportanceArgs& args, ThreadPool& pool) {
 }
 
 #endif
+}  // namespace FRAMEQUILT_DOT_NAMESPACE
 }  // namespace HWY_NAMESPACE
 }  // namespace fq::backend::cpu
 HWY_AFTER_NAMESPACE();
@@ -453,7 +489,11 @@ namespace fq::backend::cpu {
 HWY_EXPORT(Attention);
 HWY_EXPORT(Importance);
 
+#if FRAMEQUILT_AMX
+void fill_amx_attention_kernels(Kernels& kernels) {
+#else
 void fill_attention_kernels(Kernels& kernels) {
+#endif
   kernels.attention = &HWY_DYNAMIC_DISPATCH(Attention);
   kernels.importance = &HWY_DYNAMIC_DISPATCH(Importance);
 }

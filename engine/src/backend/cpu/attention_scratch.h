@@ -19,6 +19,9 @@ struct AttentionScratch {
   AlignedBuffer<float> scales, steps;
   AlignedBuffer<int32_t> zeros, q_sums, zero_sums;
   AlignedBuffer<int16_t> q_codes, weight_codes;
+  // Their high and low bytes, where these are multiplied apart (amx_attention-inl.h).
+  AlignedBuffer<uint8_t> q_high, q_low, weight_high, weight_low;
+  int64_t q_rows = 0;  // rows that there is room for
 };
 
 // Of encoder attention: keys and values of a head, as floats or as codes, and a tile of queries on

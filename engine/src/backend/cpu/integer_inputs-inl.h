@@ -30,7 +30,7 @@ constexpr int64_t kIntegerStreamRows = 8;
 
 // Rows behind the last one, and codes behind those, that products may read and nobody uses: tiles of
 // AMX have 16 rows of 64 bytes.
-constexpr size_t kSpareRows = FRAMEQUILT_HAVE_AMX ? 15 : 0;
+constexpr size_t kSpareRows = FRAMEQUILT_HAVE_AMX ? 31 : 0;
 constexpr size_t kSpareCodes = FRAMEQUILT_HAVE_AMX ? 64 : 0;
 
 // The quantized rows of one call: what every output needs.
@@ -250,7 +250,7 @@ Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
   inputs.blocks = (w.in + inputs.block - 1) / inputs.block;
   const size_t rows = static_cast<size_t>(args.rows);
   scratch.codes.reserve((rows + kSpareRows) * static_cast<size_t>(inputs.stride) + kSpareCodes);
-  scratch.sums.reserve(rows * static_cast<size_t>(inputs.spans));
+  scratch.sums.reserve((rows + kSpareRows) * static_cast<size_t>(inputs.spans));
   scratch.scales.reserve(rows);
   scratch.zeros.reserve(rows);
   if (!FRAMEQUILT_DIRECT_DOT) scratch.periods.reserve(rows * static_cast<size_t>(inputs.blocks));

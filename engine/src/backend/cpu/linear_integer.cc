@@ -54,7 +54,7 @@ inline IntegerScratch& ThreadIntegerScratch() {
   scratch.panel.reserve(kIntegerStrips * kStripWords);
   scratch.numbers.reserve(kIntegerStrips * kStripNumbers);
   if (!FRAMEQUILT_DIRECT_DOT) scratch.code_sums.reserve(kIntegerStrips * kStripNumbers);
-  scratch.sums.reserve(kIntegerRowBlock * kIntegerSumStride);
+  scratch.sums.reserve((kIntegerRowBlock + kSpareRows) * kIntegerSumStride);
   return scratch;
 }
 
@@ -107,15 +107,22 @@ constexpr auto kIntegerMicros = MakeIntegerMicros<kPlanes, kCentered>(
     std::make_integer_sequence<int, kIntegerMicroRows - kIntegerLeastRows + 1>());
 
 #if FRAMEQUILT_HAVE_AMX
-constexpr int64_t kPanelTileRows = kAmxRows;
+template <class Run>
+HWY_INLINE void ForPanelTiles(int64_t rows, const Run& run) {
+  // Whole tiles, as one writes to the sums of all its rows.
+  for (int64_t begin = 0; begin < rows; begin += kAmxRows)
+    run(begin, std::min(kAmxRows, rows - begin));
+}
 template <int kPlanes, bool kCentered>
 HWY_INLINE void PanelMicro(const IntegerBlock& b, int64_t rows) {
   static_assert(kPlanes == 1);
-  rows > kTileSide ? AmxStrip<2>(b, rows, kIntegerSumStride)
-                   : AmxStrip<1>(b, rows, kIntegerSumStride);
+  AmxStrips<kIntegerSumStride>(b, rows);
 }
 #else
-constexpr int64_t kPanelTileRows = kIntegerMicroRows;
+template <class Run>
+HWY_INLINE void ForPanelTiles(int64_t rows, const Run& run) {
+  ForTiles(rows, kIntegerMicroRows, run);
+}
 template <int kPlanes, bool kCentered>
 HWY_INLINE void PanelMicro(const IntegerBlock& b, int64_t rows) {
   kIntegerMicros<kPlanes, kCentered>[static_cast<size_t>(rows - kIntegerLeastRows)](b);
@@ -127,7 +134,7 @@ HWY_INLINE void PanelMicro(const IntegerBlock& b, int64_t rows) {
 template <int kPlanes, bool kCentered, class Before, class After>
 void IntegerPanel(const IntegerBlock& b, int64_t rows, int64_t strips, const Before& before,
                   const After& after) {
-  ForTiles(rows, kPanelTileRows, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
+  ForPanelTiles(rows, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
     before(begin, count);
     IntegerBlock part = b;
     part.x += begin * b.x_stride;
@@ -193,7 +200,7 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
   }
 #if FRAMEQUILT_HAVE_AMX
   // The rest of the last tile: inputs that are multiplied with it are anything.
-  const int64_t tile = TileInputs(span);
+  const int64_t tile = InputsOfTile(span);
   for (int64_t i = end; i % tile != 0; i += 4, to += kIntegerColumns) hn::Store(hn::Zero(DU()), DU(), to);
 #endif
 #if !FRAMEQUILT_DIRECT_DOT
@@ -216,7 +223,7 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
   const LinearWeights& w = *item.args.w;
   IntegerScratch& scratch = ThreadIntegerScratch();
 #if FRAMEQUILT_HAVE_AMX
-  const Tiles tiles(TileInputs(inputs.span));
+  const Tiles tiles(InputsOfTile(inputs.span));
 #endif
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
   const auto strips = [&](int64_t column) {
@@ -252,7 +259,7 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
         b.steps = (end - begin) / 4;
         b.span_steps = inputs.span / 4;
 #if FRAMEQUILT_HAVE_AMX
-        b.tile_inputs = TileInputs(inputs.span);
+        b.tile_inputs = InputsOfTile(inputs.span);
 #endif
         b.input_blocks = inputs.blocks;
         b.span_blocks = (inputs.span + inputs.block - 1) / inputs.block;

@@ -54,7 +54,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   if(FRAMEQUILT_AMX)
     set_property(SOURCE ${CMAKE_CURRENT_LIST_DIR}/targets.cc APPEND PROPERTY
                  COMPILE_DEFINITIONS FRAMEQUILT_HAVE_AMX_FILES=1)
-    set_property(SOURCE ${CMAKE_CURRENT_LIST_DIR}/linear_integer_amx.cc
+    file(GLOB framequilt_amx_kernels CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/*_amx.cc)
+    set_property(SOURCE ${framequilt_amx_kernels}
                  APPEND PROPERTY COMPILE_DEFINITIONS FRAMEQUILT_AMX=1)
   else()
     message(STATUS "Target avx3_amx: not built, the assembler does not know tdpbsud")

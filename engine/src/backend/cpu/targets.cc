@@ -62,6 +62,7 @@ bool may_use_amx() {
 void fill_amx_kernels(Kernels& kernels) {
   fill_bf16dot_linear_kernels(kernels);
   fill_amx_linear_kernels(kernels);
+  fill_amx_attention_kernels(kernels);
 }
 #endif
 
@@ -116,12 +117,12 @@ Kernels simd_kernels(const Target& target) {
   fill_linear_kernels(kernels);
   fill_planes_linear_kernels(kernels);
   fill_integer_linear_kernels(kernels);
-  if (target.fill_extension != nullptr) target.fill_extension(kernels);
   fill_row_kernels(kernels);
   fill_kv_append_kernels(kernels);
   fill_attention_kernels(kernels);
   fill_encoder_attention_kernels(kernels);
   fill_integer_encoder_attention_kernels(kernels);
+  if (target.fill_extension != nullptr) target.fill_extension(kernels);
   hwy::GetChosenTarget().DeInit();
   return kernels;
 }

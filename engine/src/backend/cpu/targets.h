@@ -14,7 +14,7 @@ inline constexpr int kMaxHeadDim = 512;
 struct Target {
   std::string name;     // lower case: "avx2"
   int64_t highway = 0;  // its bit in Highway
-  // Linears in place of those that Highway's target has, for extensions that it does not know as
+  // Kernels in place of those that Highway's target has, for extensions that it does not know as
   // targets.
   void (*fill_extension)(Kernels& kernels) = nullptr;
 };
