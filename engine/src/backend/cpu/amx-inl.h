@@ -63,22 +63,33 @@ template <int kTile>
 HWY_INLINE void StoreTile(void* to, int64_t stride) {
   __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(to), "r"(stride) : "memory");
 }
-// sums += inputs * weights, exactly: inputs of a byte, signed or not, times unsigned weights.
-template <int kSums, int kInputs, int kWeights, bool kSigned>
+// sums += inputs * weights of a byte each, signed or not, exactly.
+template <int kSums, int kInputs, int kWeights, bool kSignedInputs, bool kSignedWeights>
 HWY_INLINE void AddTileProducts() {
-  if constexpr (kSigned) {
-    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kInputs),
-                     "i"(kWeights));
+#define FRAMEQUILT_TILE_PRODUCTS(instruction)                                      \
+  __asm__ volatile(instruction " %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kInputs), \
+                   "i"(kWeights))
+  if constexpr (kSignedInputs) {
+    if constexpr (kSignedWeights) {
+      FRAMEQUILT_TILE_PRODUCTS("tdpbssd");
+    } else {
+      FRAMEQUILT_TILE_PRODUCTS("tdpbsud");
+    }
   } else {
-    __asm__ volatile("tdpbuud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kInputs),
-                     "i"(kWeights));
+    if constexpr (kSignedWeights) {
+      FRAMEQUILT_TILE_PRODUCTS("tdpbusd");
+    } else {
+      FRAMEQUILT_TILE_PRODUCTS("tdpbuud");
+    }
   }
+#undef FRAMEQUILT_TILE_PRODUCTS
 }
 
 // --- Four tiles of sums ------------------------------------------------------------------------
 //
-// One or two tiles of inputs, `first` and `second`, times two neighbouring ones of weights: what
-// keeps loading of tiles behind multiplying them. The sums of `second` lie behind those of `first`.
+// One or two tiles of inputs, `first` and `second`, times two neighbouring ones of weights, left and
+// right: so loading of tiles takes no longer than multiplying them. The sums of `second` lie behind
+// those of `first`.
 
 constexpr int64_t kSumColumns = 2 * kTileSide;
 constexpr int64_t kSumRowBytes = kSumColumns * 4;
@@ -93,8 +104,13 @@ struct TileInputs {
   int64_t tile_inputs = kTileBytes;
 };
 
+// Which of them have signed bytes.
+struct TileSigns {
+  bool first = true, second = true, left = false, right = false;
+};
+
 // `between()` is called after each product of two tiles.
-template <int kHalves, bool kFirstSigned, bool kSecondSigned, class Between>
+template <int kHalves, TileSigns kSigned, class Between>
 HWY_INLINE void MultiplyTiles(const TileInputs& in, const Between& between) {
   ZeroTile<0>();
   ZeroTile<1>();
@@ -109,16 +125,16 @@ HWY_INLINE void MultiplyTiles(const TileInputs& in, const Between& between) {
   for (int64_t left = in.tiles; left > 0; --left) {
     LoadTile<6>(words, word_bytes);
     LoadTile<4>(first, in.stride);
-    AddTileProducts<0, 4, 6, kFirstSigned>();
+    AddTileProducts<0, 4, 6, kSigned.first, kSigned.left>();
     between();
     LoadTile<7>(words + kTileSide, word_bytes);
-    AddTileProducts<1, 4, 7, kFirstSigned>();
+    AddTileProducts<1, 4, 7, kSigned.first, kSigned.right>();
     between();
     if constexpr (kHalves == 2) {
       LoadTile<5>(second, in.stride);
-      AddTileProducts<2, 5, 6, kSecondSigned>();
+      AddTileProducts<2, 5, 6, kSigned.second, kSigned.left>();
       between();
-      AddTileProducts<3, 5, 7, kSecondSigned>();
+      AddTileProducts<3, 5, 7, kSigned.second, kSigned.right>();
       between();
     }
     words += words_of_tile;
@@ -137,6 +153,25 @@ HWY_INLINE void StoreSums(int32_t* sums) {
     StoreTile<2>(sums, kSumRowBytes);
     StoreTile<3>(sums + kTileSide, kSumRowBytes);
   }
+}
+
+// For each of `blocks` (at least one): multiply(block), after which its sums are in the tiles, and
+// finish(block, sums), which finds them in memory. One block is finished while the next one is
+// multiplied.
+template <class Multiply, class Finish>
+HWY_INLINE void ForTileBlocks(int64_t blocks, const Multiply& multiply, const Finish& finish) {
+  alignas(64) int32_t sums[2 * kTileSide * kSumColumns];
+  for (int64_t block = 0; block < blocks; ++block) {
+    multiply(block);
+    if (block > 0) finish(block - 1, static_cast<const int32_t*>(sums));
+    StoreSums<2>(sums);
+  }
+  finish(blocks - 1, static_cast<const int32_t*>(sums));
+}
+
+// Inputs in whole tiles.
+constexpr int64_t TiledInputs(int64_t inputs) {
+  return (inputs + kTileBytes - 1) / kTileBytes * kTileBytes;
 }
 
 #else

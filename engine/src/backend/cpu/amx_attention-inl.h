@@ -29,8 +29,6 @@ namespace HWY_NAMESPACE {
 // Fewer rows take less time with words of two codes: the cost of a tile does not fall with them.
 constexpr int64_t kAmxLeastRows = 24;
 
-constexpr int64_t TiledInputs(int64_t inputs) { return RoundUp(inputs, kTileBytes); }
-
 // --- Codes of a page ---------------------------------------------------------------------------
 
 using D8 = hn::Repartition<uint8_t, DU>;
@@ -161,43 +159,39 @@ inline void SplitQuery(const KvPart& part, int64_t row, AttentionScratch& s) {
 // --- Products ----------------------------------------------------------------------------------
 
 // Calls finish(row, rows, column, vectors, sums) for 16 rows and 32 columns at a time, or what is
-// left of them: sums [16][kSumColumns] of the high bytes, and behind them those of the low ones. The
-// sums of a block are finished while the next one is multiplied.
+// left of them: sums [16][kSumColumns] of the high bytes, and behind them those of the low ones.
 template <bool kSigned, class Finish>
 void ByteProducts(const uint8_t* high, const uint8_t* low, int64_t inputs, int64_t rows,
                   const uint32_t* words, int64_t word_stride, int64_t columns, Ahead& ahead,
                   const Finish& finish) {
   const Tiles tiles;
-  alignas(64) int32_t sums[2 * kTileSide * kSumColumns];
-  int64_t last_row = 0, last_column = 0;
-  const auto finish_last = [&]() FRAMEQUILT_INLINE {
-    const int64_t count = std::min(kTileSide, rows - last_row);
-    if (columns - last_column > kTileSide) {
-      finish(last_row, count, last_column, std::integral_constant<int, 2>(), sums);
-    } else {
-      finish(last_row, count, last_column, std::integral_constant<int, 1>(), sums);
-    }
-  };
   TileInputs in;
   in.stride = inputs;
   in.word_stride = word_stride;
   in.tiles = inputs / kTileBytes;
-  bool first = true;
-  for (int64_t column = 0; column < columns; column += kSumColumns) {
-    in.words = words + column;
-    for (int64_t row = 0; row < rows; row += kTileSide) {
-      ahead.Ask(4);
-      in.first = high + row * inputs;
-      in.second = low + row * inputs;
-      MultiplyTiles<2, kSigned, false>(in, []() FRAMEQUILT_INLINE {});
-      if (!first) finish_last();
-      first = false;
-      StoreSums<2>(sums);
-      last_row = row;
-      last_column = column;
-    }
-  }
-  finish_last();
+  const int64_t row_tiles = (rows + kTileSide - 1) / kTileSide;
+  const int64_t column_tiles = (columns + kSumColumns - 1) / kSumColumns;
+  ForTileBlocks(
+      row_tiles * column_tiles,
+      [&](int64_t block) FRAMEQUILT_INLINE {
+        ahead.Ask(4);
+        const int64_t row = block % row_tiles * kTileSide;
+        in.words = words + block / row_tiles * kSumColumns;
+        in.first = high + row * inputs;
+        in.second = low + row * inputs;
+        MultiplyTiles<2, TileSigns{.first = kSigned, .second = false}>(
+            in, []() FRAMEQUILT_INLINE {});
+      },
+      [&](int64_t block, const int32_t* sums) FRAMEQUILT_INLINE {
+        const int64_t row = block % row_tiles * kTileSide;
+        const int64_t column = block / row_tiles * kSumColumns;
+        const int64_t count = std::min(kTileSide, rows - row);
+        if (columns - column > kTileSide) {
+          finish(row, count, column, std::integral_constant<int, 2>(), sums);
+        } else {
+          finish(row, count, column, std::integral_constant<int, 1>(), sums);
+        }
+      });
 }
 
 HWY_INLINE VI WholeSum(const int32_t* sums, int64_t at) {

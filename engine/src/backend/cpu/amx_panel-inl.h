@@ -84,7 +84,7 @@ HWY_NOINLINE void AmxStrip(const IntegerBlock& b) {
     in.word_stride = kIntegerColumns;
     in.tiles = (inputs + tile_inputs - 1) / tile_inputs;
     in.tile_inputs = tile_inputs;
-    MultiplyTiles<kHalves, true, true>(in, between);
+    MultiplyTiles<kHalves, TileSigns{}>(in, between);
   };
   const auto start = [&](int64_t span) FRAMEQUILT_INLINE {
     last.at = totals;

@@ -33,6 +33,8 @@ struct EncoderAttentionScratch {
   AlignedBuffer<int32_t> k_starts;
   AlignedBuffer<uint32_t> k, v, q, pair;
   AlignedBuffer<int8_t> codes;
+  AlignedBuffer<uint8_t> p_high, p_low;  // bytes of probabilities (amx_encoder-inl.h)
+  AlignedBuffer<int16_t> v_codes;
 };
 
 template <class Scratch>

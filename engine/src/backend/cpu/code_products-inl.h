@@ -36,22 +36,43 @@ HWY_INLINE VI RoundedCodes(VF x) {
 // and the sum of each group. Returns the number that a score's integer is times.
 inline float QueryCodes(const float* q, const KvPart& part, int64_t dims, int16_t* codes,
                         int32_t* sums) {
-  float largest = 0.0f;
-  bool finite = true;
-  for (int64_t d = 0; d < dims; ++d) {
-    largest = std::max(largest, std::fabs(q[d]));
-    finite = finite && std::isfinite(q[d]);
-  }
-  const ops::QueryScale s = ops::query_scale(largest, finite, part.group);
-  for (int64_t g = 0; g < part.groups; ++g) {
-    int32_t sum = 0;
-    for (int64_t d = 0; d < part.group; ++d) {
-      const float code = finite ? std::nearbyint(q[g * part.group + d] * s.to_codes) : 0.0f;
-      *codes++ = static_cast<int16_t>(code);
-      sum += static_cast<int16_t>(code);
+  const DF df;
+  const hn::Rebind<int16_t, DF> d16;
+  // f(values, place, lanes) for vectors of [0, n), the last one with 0 behind.
+  const auto for_vectors = [&](const float* x, int64_t n, const auto& f) FRAMEQUILT_INLINE {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) f(hn::LoadU(df, x + i), i, kLanes);
+    if (i < n) {
+      const auto some = hn::FirstN(df, static_cast<size_t>(n - i));
+      f(hn::MaskedLoad(some, df, x + i), i, n - i);
     }
+  };
+  VF largest = hn::Zero(df), odd = hn::Zero(df);
+  for_vectors(q, dims, [&](VF v, int64_t, int64_t) FRAMEQUILT_INLINE {
+    largest = hn::Max(largest, hn::Abs(v));
+    odd = hn::Add(odd, hn::Sub(v, v));  // 0, or NaN from the first value on that is not finite
+  });
+  const bool finite = hn::AllTrue(df, hn::Eq(odd, hn::Zero(df)));
+  const ops::QueryScale s =
+      ops::query_scale(hn::GetLane(hn::MaxOfLanes(df, largest)), finite, part.group);
+  const VF to_codes = hn::Set(df, s.to_codes);
+  for (int64_t g = 0; g < part.groups; ++g) {
+    VI sum = hn::Zero(DI());
+    for_vectors(q + g * part.group, part.group, [&](VF v, int64_t i, int64_t n) FRAMEQUILT_INLINE {
+      const VI code = finite ? RoundedCodes(hn::Mul(v, to_codes)) : hn::Zero(DI());
+      sum = hn::Add(sum, code);
+      const auto narrow = hn::DemoteTo(d16, code);
+      if (n == kLanes) {
+        hn::StoreU(narrow, d16, codes + i);
+      } else {
+        HWY_ALIGN int16_t lanes[kLanes];
+        hn::Store(narrow, d16, lanes);
+        std::memcpy(codes + i, lanes, static_cast<size_t>(n) * sizeof(int16_t));
+      }
+    });
+    codes += part.group;
     if (part.group % 2 != 0) *codes++ = 0;
-    *sums++ = sum;
+    *sums++ = hn::GetLane(hn::SumOfLanes(DI(), sum));
   }
   return s.step;
 }

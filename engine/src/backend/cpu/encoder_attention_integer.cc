@@ -17,6 +17,7 @@
 #define HWY_TARGET_INCLUDE "src/backend/cpu/encoder_attention_integer.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "src/backend/cpu/amx_encoder-inl.h"
 #include "src/backend/cpu/integer_inputs-inl.h"
 #include "src/backend/cpu/pages-inl.h"
 #include "src/backend/cpu/word_products-inl.h"
@@ -24,6 +25,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
+inline namespace FRAMEQUILT_DOT_NAMESPACE {
 #if FRAMEQUILT_HAVE_DOT
 
 using Attention8 = ops::IntegerAttention;
@@ -56,18 +58,26 @@ struct Head {
     const auto reserve = [](auto& buffer, int64_t count) {
       buffer.reserve(static_cast<size_t>(count));
     };
-    reserve(s.rows, (tokens + 1) * stride);
+    reserve(s.rows, (tokens + 3) * stride);
+    reserve(s.v_scales, stride);
+#if FRAMEQUILT_HAVE_AMX
+    reserve(s.v_codes, 4 * stride);
+    return Codes().Reserve();
+#endif
     reserve(s.k, tokens * words);
     reserve(s.k_scales, tokens);
     reserve(s.k_starts, tokens);
     reserve(s.v, pairs * dims);
-    reserve(s.v_scales, stride);
     reserve(s.pair, stride);
     reserve(s.q, words * kTileQueries);
     reserve(s.codes, stride);
     reserve(s.scores, 2 * pairs * kTileQueries);
     reserve(s.out, dims * kTileQueries);
   }
+
+#if FRAMEQUILT_HAVE_AMX
+  EncoderTiles Codes() const { return EncoderTiles(s, tokens, dims); }
+#endif
 
   // A row of the head, with zeros up to whole vectors.
   void Load(const float* from, int64_t row, float* to) const {
@@ -89,6 +99,9 @@ struct Head {
         hn::Store(hn::Add(hn::Load(df, mean + d), hn::Load(df, row + d)), df, mean + d);
     }
     for (int64_t d = 0; d < stride; ++d) mean[d] /= static_cast<float>(tokens);
+#if FRAMEQUILT_HAVE_AMX
+    Codes().ClearKeys();
+#endif
     bool finite = true;
     for (int64_t t = 0; t < tokens; ++t) {
       float* const row = s.rows.data() + t * stride;
@@ -98,9 +111,13 @@ struct Head {
       QuantizeRow<false>(row, stride, stride, stride, kCodeFormat, s.codes.data(), &sum, nullptr,
                          {}, &s.k_scales[static_cast<size_t>(t)], &zero);
       finite = finite && std::isfinite(s.k_scales[static_cast<size_t>(t)]);
+#if FRAMEQUILT_HAVE_AMX
+      Codes().StoreKey(t, s.codes.data());
+#else
       s.k_starts[static_cast<size_t>(t)] = WordStart(static_cast<int32_t>(sum));
       for (int64_t w = 0; w < words; ++w)
         s.k[static_cast<size_t>(t * words + w)] = SignedWord(s.codes.data(), w);
+#endif
     }
     return finite;
   }
@@ -124,20 +141,33 @@ struct Head {
       }
     }
     if (!hn::AllTrue(df, hn::Eq(odd, hn::Zero(df)))) return false;
-    std::fill_n(s.rows.data() + tokens * stride, stride, 0.0f);  // partner of an odd last token
+    std::fill_n(s.rows.data() + tokens * stride, 3 * stride, 0.0f);  // partners of the last token
     const VF most = hn::Set(df, static_cast<float>(Attention8::kValueMost));
     for (int64_t d = 0; d < stride; d += kLanes) {
       const VF scale = hn::Div(hn::Max(hn::Load(df, scales + d), hn::Set(df, 1e-5f)), most);
       hn::Store(scale, df, scales + d);
     }
+    const auto code_of = [&](const float* at, VF scale) FRAMEQUILT_INLINE {
+      const VF rounded = hn::Round(hn::Div(hn::Load(df, at), scale));
+      return hn::ConvertTo(di, hn::Min(hn::Max(rounded, hn::Neg(most)), most));
+    };
+#if FRAMEQUILT_HAVE_AMX
+    const hn::Rebind<int16_t, DF> d16;
+    Codes().ClearValuesFrom(RoundUp(tokens, 4));
+    for (int64_t t = 0; t < tokens; t += 4) {
+      for (int64_t i = 0; i < 4 * stride; i += kLanes) {
+        const VI code = code_of(s.rows.data() + t * stride + i, hn::Load(df, scales + i % stride));
+        hn::Store(hn::DemoteTo(d16, code), d16, s.v_codes.data() + i);
+      }
+      Codes().StoreValues(t, s.v_codes.data());
+    }
+    return true;
+#endif
     for (int64_t p = 0; p < pairs; ++p) {
       const float* const row = s.rows.data() + 2 * p * stride;
       for (int64_t d = 0; d < stride; d += kLanes) {
         const VF scale = hn::Load(df, scales + d);
-        const auto code = [&](const float* at) FRAMEQUILT_INLINE {
-          const VF rounded = hn::Round(hn::Div(hn::Load(df, at), scale));
-          return hn::ConvertTo(di, hn::Min(hn::Max(rounded, hn::Neg(most)), most));
-        };
+        const auto code = [&](const float* at) FRAMEQUILT_INLINE { return code_of(at, scale); };
         const VU first = hn::BitCast(du, code(row + d));
         const VU second = hn::BitCast(du, code(row + stride + d));
         hn::Store(hn::Or(hn::And(first, hn::Set(du, 0xFFFFu)), hn::ShiftLeft<16>(second)), du,
@@ -167,6 +197,16 @@ struct Head {
   // factors: what turns the difference of two scores of a row into the exponent of 2.
   void ReadQueries(int64_t row, int64_t rows, float* factors) const {
     float* const padded = s.rows.data();
+#if FRAMEQUILT_HAVE_AMX
+    for (int64_t r = 0; r < kTileQueries; ++r) {
+      Load(args.q, row + std::min(r, rows - 1), padded);  // rows behind the last one repeat it
+      float sum, scale, zero;
+      QuantizeRow<false>(padded, stride, stride, stride, kCodeFormat, Codes().QueryCodes(r), &sum,
+                         nullptr, {}, &scale, &zero);
+      factors[r] = scale * args.scale * Constants::kLog2E;
+    }
+    return;
+#endif
     for (int64_t r = 0; r < kTileQueries; ++r) {
       if (r >= rows) {
         factors[r] = 0.0f;
@@ -188,6 +228,9 @@ struct Head {
 
   // scores [tokens][kTileQueries], and the largest of each row.
   void Scores(float* most) const {
+#if FRAMEQUILT_HAVE_AMX
+    return Codes().Scores(most);
+#endif
     ScoreBlock b;
     b.products.b = s.q.data();
     b.products.b_step = kTileQueries;
@@ -210,6 +253,9 @@ struct Head {
   // Scores become codes of probabilities, two tokens a word, in place: what is written lies before
   // what is still to be read. totals: sum of each row.
   void Probabilities(const float* most, const float* factors, float* totals) const {
+#if FRAMEQUILT_HAVE_AMX
+    return Codes().Probabilities(most, factors, totals);
+#endif
     const DF df;
     const DI di;
     VF m[kTileVectors], factor[kTileVectors];
@@ -241,6 +287,9 @@ struct Head {
 
   // out [dims][kTileQueries], before the scales.
   void Values() const {
+#if FRAMEQUILT_HAVE_AMX
+    return Codes().Values();
+#endif
     ValueBlock b;
     b.products.b_step = kTileQueries;
     b.products.a_row = 1;
@@ -261,6 +310,19 @@ struct Head {
   void Finish(int64_t row, int64_t rows, const float* totals, const float* factors) const {
     const DF df;
     float* const out = s.out.data();
+#if FRAMEQUILT_HAVE_AMX
+    for (int64_t r = 0; r < rows; ++r) {
+      const float odd = factors[r] - factors[r];
+      const VF inverse = hn::Set(df, 1.0f / totals[r] + odd);
+      float* const to = args.out + base + (row + r) * args.stride;
+      for (int64_t d = 0; d < dims; d += kLanes) {
+        const VF scaled = hn::Mul(hn::Load(df, out + r * stride + d), hn::Load(df, s.v_scales.data() + d));
+        const auto real = hn::FirstN(df, static_cast<size_t>(std::min<int64_t>(kLanes, dims - d)));
+        hn::BlendedStore(hn::Mul(scaled, inverse), real, df, to + d);
+      }
+    }
+    return;
+#endif
     Unrolled<kTileVectors>([&](auto v) FRAMEQUILT_INLINE {
       const VF factor = hn::Load(df, factors + v * kLanes);
       const VF odd = hn::Sub(factor, factor);  // NaN where the query is not finite
@@ -290,6 +352,9 @@ struct Head {
     HWY_ALIGN float most[kTileQueries];
     HWY_ALIGN float factors[kTileQueries];
     HWY_ALIGN float totals[kTileQueries];
+#if FRAMEQUILT_HAVE_AMX
+    const Tiles registers;
+#endif
     for (int64_t row = 0; row < tokens; row += kTileQueries) {
       const int64_t rows = std::min(kTileQueries, tokens - row);
       ReadQueries(row, rows, factors);
@@ -316,6 +381,7 @@ void IntegerEncoderAttention(const ops::EncoderAttentionArgs& args, ThreadPool& 
 }
 
 #endif
+}  // namespace FRAMEQUILT_DOT_NAMESPACE
 }  // namespace HWY_NAMESPACE
 }  // namespace fq::backend::cpu
 HWY_AFTER_NAMESPACE();
@@ -325,7 +391,11 @@ namespace fq::backend::cpu {
 
 HWY_EXPORT(IntegerEncoderAttention);
 
+#if FRAMEQUILT_AMX
+void fill_amx_encoder_attention_kernels(Kernels& kernels) {
+#else
 void fill_integer_encoder_attention_kernels(Kernels& kernels) {
+#endif
   kernels.integer_encoder_attention = &HWY_DYNAMIC_DISPATCH(IntegerEncoderAttention);
 }
 

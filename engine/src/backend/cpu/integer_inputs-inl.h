@@ -192,11 +192,12 @@ HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t
   // All in integers below 2^24: it makes no difference where the base is taken off.
   const float base = limits.centered ? zero : 0.0f;
   const int32_t whole_base = static_cast<int32_t>(base);
-  const VF divisor = hn::Set(df, scale), shift = hn::Set(df, zero - base);
+  const RoundedQuotient quotient(scale, static_cast<float>(2 * half));
+  const VF shift = hn::Set(df, zero - base);
   const VF low = hn::Set(df, least - base), high = hn::Set(df, most - base);
   const VI bases = hn::Set(di, whole_base);
   const auto code_minus_base = [&](VF v) FRAMEQUILT_INLINE {
-    const VF rounded = hn::Add(hn::Round(hn::Div(v, divisor)), shift);
+    const VF rounded = hn::Add(quotient(v), shift);
     return hn::ConvertTo(di, hn::Min(hn::Max(rounded, low), high));
   };
   for (int64_t begin = 0; begin < n; begin += block) {

@@ -13,7 +13,7 @@
 #define HWY_TARGET_INCLUDE "src/backend/cpu/kv_append.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
-#include "src/backend/cpu/gemm-inl.h"
+#include "src/backend/cpu/math-inl.h"
 #include "src/backend/cpu/targets.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -59,10 +59,11 @@ HWY_INLINE void QuantizeHead(const KvPart& part, bool scale32, std::byte* head, 
   for (int g = 0; g < part.groups; ++g) {
     const int begin = g * part.group, end = begin + part.group;
     const AffineParams params = GroupParams(x + begin, part.group, part.bits, scale32);
-    const VF scale = hn::Set(df, params.scale), zero = hn::Set(df, params.zero);
+    const RoundedQuotient quotient(params.scale, qmax + 1.0f);
+    const VF zero = hn::Set(df, params.zero);
     int i = begin;
     for (; i + kLanes <= end; i += kLanes) {
-      const VF code = hn::Add(hn::Round(hn::Div(hn::LoadU(df, x + i), scale)), zero);
+      const VF code = hn::Add(quotient(hn::LoadU(df, x + i)), zero);
       const VF inside = hn::Min(hn::Max(code, hn::Zero(df)), hn::Set(df, qmax));
       hn::StoreU(hn::DemoteTo(d8, hn::ConvertTo(di, inside)), d8, codes + i);
     }

@@ -88,7 +88,7 @@ void PanelItem(const PanelPiece& item, const PanelFormat& format) {
 }
 
 void RunPanels(const ops::LinearArgs& args, ThreadPool& pool, const PanelFormat& format) {
-  PanelPieces(args, pool, kRowBlock, kGroupColumns, kPanelColumns,
+  PanelPieces(args, pool, kWorthUnpacking, kRowBlock, kGroupColumns, kPanelColumns,
               [&](const PanelPiece& piece) { PanelItem(piece, format); });
 }
 

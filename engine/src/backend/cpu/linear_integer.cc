@@ -40,6 +40,7 @@ constexpr int64_t kIntegerPanelColumns = kIntegerStrips * kIntegerColumns;
 constexpr int64_t kIntegerInputs = quant::kIntegerSpan;  // inputs of a panel: whole spans
 constexpr int64_t kStripWords = kIntegerInputs / 4 * 2 * kIntegerColumns;
 constexpr int64_t kStripNumbers = kIntegerInputs / kHalfInputs * 2 * kIntegerColumns;
+constexpr int64_t kIntegerLeastRowsOfThread = FRAMEQUILT_HAVE_AMX ? 1024 : kWorthUnpacking;
 constexpr int64_t kIntegerRowBlock = kManyRegisters ? 512 : 256;  // rows of one item of work
 
 struct IntegerScratch {
@@ -286,7 +287,7 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
 
 template <int kBits>
 void IntegerPanels(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool& pool) {
-  PanelPieces(args, pool, kIntegerRowBlock, kIntegerGroupColumns, kIntegerColumns,
+  PanelPieces(args, pool, kIntegerLeastRowsOfThread, kIntegerRowBlock, kIntegerGroupColumns, kIntegerColumns,
               [&](const PanelPiece& piece) {
                 constexpr bool kPairs = !FRAMEQUILT_DIRECT_DOT;
                 if (kPairs && inputs.minus_zeros != nullptr) {

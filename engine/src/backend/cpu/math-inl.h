@@ -49,6 +49,32 @@ HWY_INLINE VF Exp(VF x) {
                         result);
 }
 
+// round(x / divisor), half to even, the bits of a division: its quotient is rounded to float32
+// first. Division is what a vector unit does slowest, so the nearest integer to x times the inverse
+// is taken where no quotient is near a tie. `most`: |x / divisor| is never above.
+class RoundedQuotient {
+ public:
+  RoundedQuotient(float divisor, float most)
+      : divisor_(hn::Set(DF(), divisor)),
+        // The inverse of a larger divisor is not a normal number: NaN then, and always a division.
+        inverse_(hn::Set(DF(), divisor < 1e37f ? 1.0f / divisor
+                                               : std::numeric_limits<float>::quiet_NaN())),
+        // Three roundings, of 2^-24 each, lie between the two quotients.
+        sure_(hn::Set(DF(), 0.5f - (most + 1.0f) * 0x1p-22f)) {}
+
+  HWY_INLINE VF operator()(VF x) const {
+    const VF quotient = hn::Mul(x, inverse_);
+    const VF rounded = hn::Round(quotient);
+    const VF distance = hn::Abs(hn::Sub(quotient, rounded));
+    if (hn::AllTrue(DF(), hn::Lt(distance, sure_))) [[likely]]
+      return rounded;
+    return hn::Round(hn::Div(x, divisor_));
+  }
+
+ private:
+  VF divisor_, inverse_, sure_;
+};
+
 HWY_INLINE VF Relu(VF x) { return hn::Max(x, hn::Zero(DF())); }
 
 HWY_INLINE VF Silu(VF x) { return hn::Div(x, hn::Add(hn::Set(DF(), 1.0f), Exp(hn::Neg(x)))); }

@@ -225,14 +225,15 @@ struct PanelPiece {
   int64_t next_column;
 };
 
+constexpr int64_t kWorthUnpacking = 128;  // rows of a thread
+
 // Calls run(piece) for all rows and columns of all linears of a call: many rows. A thread keeps to
-// its rows as long as there are enough of them: other ops share rows in the same way, and what one
+// its rows as long as there are `least_rows` of them: other ops share rows in the same way, and what one
 // has written is then in the cache of the core that reads it.
 template <class Run>
-void PanelPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t most_rows,
-                 int64_t most_columns, int64_t least_columns, const Run& run) {
-  constexpr int64_t kWorthUnpacking = 128;  // rows
-  const int64_t own = std::clamp<int64_t>(args.rows / kWorthUnpacking, 1, pool.threads());
+void PanelPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t least_rows,
+                 int64_t most_rows, int64_t most_columns, int64_t least_columns, const Run& run) {
+  const int64_t own = std::clamp<int64_t>(args.rows / least_rows, 1, pool.threads());
   const int64_t blocks = own * ((args.rows + own * most_rows - 1) / (own * most_rows));
   const auto columns = [](const ops::LinearArgs& one) { return int64_t{one.w->tiles} * kTileRows; };
   // Narrow linears on many threads: smaller pieces.

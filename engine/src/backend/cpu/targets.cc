@@ -63,6 +63,7 @@ void fill_amx_kernels(Kernels& kernels) {
   fill_bf16dot_linear_kernels(kernels);
   fill_amx_linear_kernels(kernels);
   fill_amx_attention_kernels(kernels);
+  fill_amx_encoder_attention_kernels(kernels);
 }
 #endif
 
