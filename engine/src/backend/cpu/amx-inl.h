@@ -63,24 +63,29 @@ template <int kTile>
 HWY_INLINE void StoreTile(void* to, int64_t stride) {
   __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(to), "r"(stride) : "memory");
 }
-// sums += inputs * weights of a byte each, signed or not, exactly.
-template <int kSums, int kInputs, int kWeights, bool kSignedInputs, bool kSignedWeights>
+// What is multiplied: bytes, signed or not, whose sums are exact in int32; or bfloat16 numbers, whose
+// products are summed in float32, even and odd inputs of a tile apart and then added.
+struct TileKind {
+  bool first = true, second = true, left = false, right = false;  // signed bytes
+  bool bf16 = false;
+};
+
+// sums += inputs * weights
+template <int kSums, int kInputs, int kWeights, bool kBf16, bool kSignedInputs, bool kSignedWeights>
 HWY_INLINE void AddTileProducts() {
-#define FRAMEQUILT_TILE_PRODUCTS(instruction)                                      \
+#define FRAMEQUILT_TILE_PRODUCTS(instruction)                                              \
   __asm__ volatile(instruction " %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kInputs), \
                    "i"(kWeights))
-  if constexpr (kSignedInputs) {
-    if constexpr (kSignedWeights) {
-      FRAMEQUILT_TILE_PRODUCTS("tdpbssd");
-    } else {
-      FRAMEQUILT_TILE_PRODUCTS("tdpbsud");
-    }
+  if constexpr (kBf16) {
+    FRAMEQUILT_TILE_PRODUCTS("tdpbf16ps");
+  } else if constexpr (kSignedInputs && kSignedWeights) {
+    FRAMEQUILT_TILE_PRODUCTS("tdpbssd");
+  } else if constexpr (kSignedInputs) {
+    FRAMEQUILT_TILE_PRODUCTS("tdpbsud");
+  } else if constexpr (kSignedWeights) {
+    FRAMEQUILT_TILE_PRODUCTS("tdpbusd");
   } else {
-    if constexpr (kSignedWeights) {
-      FRAMEQUILT_TILE_PRODUCTS("tdpbusd");
-    } else {
-      FRAMEQUILT_TILE_PRODUCTS("tdpbuud");
-    }
+    FRAMEQUILT_TILE_PRODUCTS("tdpbuud");
   }
 #undef FRAMEQUILT_TILE_PRODUCTS
 }
@@ -98,19 +103,14 @@ struct TileInputs {
   const void* first = nullptr;
   const void* second = nullptr;
   int64_t stride = 0;           // bytes between rows
-  const uint32_t* words = nullptr;  // of the weights: rows of 4 inputs of 32 columns
+  const uint32_t* words = nullptr;  // of the weights: rows of 4 bytes of each of 32 columns
   int64_t word_stride = 0;      // words between rows
-  int64_t tiles = 0;            // of tile_inputs inputs each
-  int64_t tile_inputs = kTileBytes;
-};
-
-// Which of them have signed bytes.
-struct TileSigns {
-  bool first = true, second = true, left = false, right = false;
+  int64_t tiles = 0;
+  int64_t tile_bytes = kTileBytes;  // of a row of inputs
 };
 
 // `between()` is called after each product of two tiles.
-template <int kHalves, TileSigns kSigned, class Between>
+template <int kHalves, TileKind kKind, class Between>
 HWY_INLINE void MultiplyTiles(const TileInputs& in, const Between& between) {
   ZeroTile<0>();
   ZeroTile<1>();
@@ -118,28 +118,28 @@ HWY_INLINE void MultiplyTiles(const TileInputs& in, const Between& between) {
     ZeroTile<2>();
     ZeroTile<3>();
   }
-  const int64_t word_bytes = in.word_stride * 4, words_of_tile = in.word_stride * in.tile_inputs / 4;
+  const int64_t word_bytes = in.word_stride * 4, words_of_tile = in.word_stride * in.tile_bytes / 4;
   const auto* first = static_cast<const std::byte*>(in.first);
   const auto* second = static_cast<const std::byte*>(in.second);
   const uint32_t* words = in.words;
   for (int64_t left = in.tiles; left > 0; --left) {
     LoadTile<6>(words, word_bytes);
     LoadTile<4>(first, in.stride);
-    AddTileProducts<0, 4, 6, kSigned.first, kSigned.left>();
+    AddTileProducts<0, 4, 6, kKind.bf16, kKind.first, kKind.left>();
     between();
     LoadTile<7>(words + kTileSide, word_bytes);
-    AddTileProducts<1, 4, 7, kSigned.first, kSigned.right>();
+    AddTileProducts<1, 4, 7, kKind.bf16, kKind.first, kKind.right>();
     between();
     if constexpr (kHalves == 2) {
       LoadTile<5>(second, in.stride);
-      AddTileProducts<2, 5, 6, kSigned.second, kSigned.left>();
+      AddTileProducts<2, 5, 6, kKind.bf16, kKind.second, kKind.left>();
       between();
-      AddTileProducts<3, 5, 7, kSigned.second, kSigned.right>();
+      AddTileProducts<3, 5, 7, kKind.bf16, kKind.second, kKind.right>();
       between();
     }
     words += words_of_tile;
-    first += in.tile_inputs;
-    second += in.tile_inputs;
+    first += in.tile_bytes;
+    second += in.tile_bytes;
   }
 }
 

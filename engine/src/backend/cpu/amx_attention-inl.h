@@ -179,7 +179,7 @@ void ByteProducts(const uint8_t* high, const uint8_t* low, int64_t inputs, int64
         in.words = words + block / row_tiles * kSumColumns;
         in.first = high + row * inputs;
         in.second = low + row * inputs;
-        MultiplyTiles<2, TileSigns{.first = kSigned, .second = false}>(
+        MultiplyTiles<2, TileKind{.first = kSigned, .second = false}>(
             in, []() FRAMEQUILT_INLINE {});
       },
       [&](int64_t block, const int32_t* sums) FRAMEQUILT_INLINE {

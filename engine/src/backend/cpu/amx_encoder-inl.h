@@ -118,7 +118,7 @@ struct EncoderTiles {
         columns / kSumColumns,
         [&](int64_t block) FRAMEQUILT_INLINE {
           in.words = s.k.data() + block * kSumColumns;
-          MultiplyTiles<2, TileSigns{.left = true, .right = true}>(in, []() FRAMEQUILT_INLINE {});
+          MultiplyTiles<2, TileKind{.left = true, .right = true}>(in, []() FRAMEQUILT_INLINE {});
         },
         [&](int64_t block, const int32_t* sums) FRAMEQUILT_INLINE {
           const int64_t column = block * kSumColumns;
@@ -183,7 +183,7 @@ struct EncoderTiles {
             in.words = s.v.data() + begin / 4 * value_stride() + block / 2 * kSumColumns;
             in.first = s.p_high.data() + query * value_tokens + begin;
             in.second = s.p_low.data() + query * value_tokens + begin;
-            MultiplyTiles<2, TileSigns{.first = false, .second = false, .left = true}>(
+            MultiplyTiles<2, TileKind{.first = false, .second = false, .left = true}>(
                 in, []() FRAMEQUILT_INLINE {});
           },
           [&](int64_t block, const int32_t* sums) FRAMEQUILT_INLINE {

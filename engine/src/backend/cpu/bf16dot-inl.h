@@ -12,6 +12,8 @@
 #include <cstring>
 
 #include "hwy/highway.h"
+#include "src/backend/cpu/amx-inl.h"
+#include "src/backend/cpu/integer-inl.h"
 #include "src/backend/cpu/pieces-inl.h"
 #include "src/core/aligned.h"
 #include "src/core/thread_pool.h"
@@ -207,6 +209,11 @@ struct RoundedScratch {
   AlignedBuffer<float> sums;
 };
 
+inline namespace FRAMEQUILT_DOT_NAMESPACE {
+
+// As for integer products (integer_inputs-inl.h).
+constexpr size_t kSpareRoundedRows = FRAMEQUILT_HAVE_AMX ? 31 : 0;
+
 // Inputs of weights that are read up to a multiple of kHalfInputs. Scratch belongs to the engine
 // thread and is kept.
 template <bool kInOrder>
@@ -221,11 +228,11 @@ RoundedInputs RoundInputs(const ops::LinearArgs& args, ThreadPool& pool, int64_t
   inputs.span = span;
   inputs.spans = (w.in + span - 1) / span;
   const size_t rows = static_cast<size_t>(args.rows);
-  scratch.values.reserve(rows * static_cast<size_t>(inputs.stride));
+  scratch.values.reserve((rows + kSpareRoundedRows) * static_cast<size_t>(inputs.stride));
   inputs.values = scratch.values.data();
   const bool need_sums = w.offsets != nullptr;
   if (need_sums) {
-    scratch.sums.reserve(rows * static_cast<size_t>(inputs.spans));
+    scratch.sums.reserve((rows + kSpareRoundedRows) * static_cast<size_t>(inputs.spans));
     inputs.sums = scratch.sums.data();
   }
   const auto round = [&](int64_t begin, int64_t end) {
@@ -247,6 +254,8 @@ RoundedInputs RoundInputs(const ops::LinearArgs& args, ThreadPool& pool, int64_t
   }
   return inputs;
 }
+
+}  // namespace FRAMEQUILT_DOT_NAMESPACE
 
 #else
 #define FRAMEQUILT_HAVE_BF16_DOT 0

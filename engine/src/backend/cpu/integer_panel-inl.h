@@ -40,7 +40,7 @@ struct IntegerBlock {
   // sums of the codes of each block in the lanes of its pair sums.
   const uint32_t* minus_zeros = nullptr;  // [rows]
   const uint32_t* code_sums = nullptr;    // [blocks, planes, vectors, lanes]
-  int64_t tile_inputs = 0;                // of AMX only
+  int64_t tile_bytes = 0;                 // of AMX only
   float* sums = nullptr;                  // [rows, kIntegerSumStride]
   bool first = false;                     // start from 0 instead of from sums
 };

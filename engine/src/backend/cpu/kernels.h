@@ -41,6 +41,7 @@ void fill_neon_i8mm_linear_kernels(Kernels& kernels);
 void fill_avx_vnni_linear_kernels(Kernels& kernels);  // where FRAMEQUILT_AVX2_VNNI, both
 void fill_avx512_vnni_linear_kernels(Kernels& kernels);
 void fill_amx_linear_kernels(Kernels& kernels);  // where FRAMEQUILT_AMX, as the next ones
+void fill_amx_bf16_linear_kernels(Kernels& kernels);
 void fill_amx_attention_kernels(Kernels& kernels);
 void fill_amx_encoder_attention_kernels(Kernels& kernels);
 void fill_bf16dot_linear_kernels(Kernels& kernels);  // x86 with AVX512_BF16 only

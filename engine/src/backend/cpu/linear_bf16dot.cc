@@ -16,11 +16,13 @@
 #define HWY_TARGET_INCLUDE "src/backend/cpu/linear_bf16dot.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "src/backend/cpu/amx_panel-inl.h"
 #include "src/backend/cpu/bf16dot-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
+inline namespace FRAMEQUILT_DOT_NAMESPACE {
 #if FRAMEQUILT_HAVE_BF16_DOT
 
 // --- Outputs ---------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ inline PairScratch& ThreadPairScratch() {
   static thread_local PairScratch scratch;
   scratch.panel.reserve(kPairInputs / 2 * kPairColumns);
   scratch.numbers.reserve(kPairInputs / kHalfInputs * 2 * kPairColumns);
-  scratch.sums.reserve(kPairRowBlock * kPairSumStride);
+  scratch.sums.reserve((kPairRowBlock + kSpareRoundedRows) * kPairSumStride);
   return scratch;
 }
 
@@ -173,6 +175,7 @@ struct PairBlock {
   const uint32_t* panel = nullptr;
   const float* numbers = nullptr;
   int64_t steps = 0, span_steps = 0;  // pairs
+  int64_t tile_bytes = 0;             // of AMX only
   float* sums = nullptr;              // [rows, kPairSumStride]
   bool first = false;                 // start from 0 instead of from sums
 };
@@ -232,18 +235,42 @@ constexpr auto kPairMicros =
     MakePairMicros(std::make_integer_sequence<int, kPairMicroRows - kPairLeastRows + 1>());
 static_assert(kPairStreamRows + 1 >= kPairLeastRows && kPairMicroRows + 1 >= 2 * kPairLeastRows);
 
+#if FRAMEQUILT_HAVE_AMX
+struct PairTiles {
+  using Block = PairBlock;
+  using Numbers = SpanFactors;
+  static constexpr TileKind kTiles{.bf16 = true};
+  static HWY_INLINE Numbers LoadNumbers(const Block& b, int64_t span, int v) {
+    const float* const numbers = b.numbers + span * 2 * kPairColumns + v * kLanes;
+    return {hn::Load(DF(), numbers), hn::Load(DF(), numbers + kPairColumns)};
+  }
+  static HWY_INLINE VF Add(VF old, const int32_t* sums, const Numbers& n, const float* inputs) {
+    return AddSpan(old, hn::BitCast(DF(), hn::Load(DI(), sums)), n, inputs);
+  }
+};
+#endif
+
 // All `rows` of a panel, with before() and after() around each tile.
 template <class Before, class After>
 void PairPanel(const PairBlock& b, int64_t rows, const Before& before, const After& after) {
-  ForTiles(rows, kPairMicroRows, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
+  const auto run = [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
     before(begin, count);
     PairBlock part = b;
     part.x += begin * b.x_stride;
     if (b.input_sums != nullptr) part.input_sums += begin * b.input_spans;
     part.sums += begin * kPairSumStride;
+#if FRAMEQUILT_HAVE_AMX
+    AmxStrips<PairTiles, kPairSumStride>(part, count);
+#else
     kPairMicros[static_cast<size_t>(count - kPairLeastRows)](part);
+#endif
     after(begin, count);
-  });
+  };
+#if FRAMEQUILT_HAVE_AMX
+  ForTilesOfRows(rows, run);
+#else
+  ForTiles(rows, kPairMicroRows, run);
+#endif
 }
 
 // Weights of inputs [begin, end) x `unit` as pairs, and the numbers of their spans, as vector
@@ -270,12 +297,20 @@ HWY_NOINLINE void UnpackPairs(const LinearWeights& w, int64_t span, int64_t unit
     hn::Store(factors.offset, DF(), number + kPairColumns);
     number += 2 * kPairColumns;
   }
+#if FRAMEQUILT_HAVE_AMX
+  // The rest of the last tile. The inputs there are 0, but 0 times what was there may not be.
+  for (int64_t i = end; i % (BytesOfTile(2 * span) / 2) != 0; i += 2, to += kPairColumns)
+    hn::Store(hn::Zero(DU()), DU(), to);
+#endif
 }
 
 template <class Format>
 void PairItem(const PanelPiece& item, const RoundedInputs& inputs) {
   const LinearWeights& w = *item.args.w;
   PairScratch& scratch = ThreadPairScratch();
+#if FRAMEQUILT_HAVE_AMX
+  const Tiles tiles(BytesOfTile(2 * inputs.span));
+#endif
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
   ForPanels(
       item, padded, kPairInputs, kPairColumns,
@@ -301,6 +336,9 @@ void PairItem(const PanelPiece& item, const RoundedInputs& inputs) {
         b.numbers = scratch.numbers.data();
         b.steps = (end - begin) / 2;
         b.span_steps = inputs.span / 2;
+#if FRAMEQUILT_HAVE_AMX
+        b.tile_bytes = BytesOfTile(2 * inputs.span);
+#endif
         b.first = begin == 0;
         b.sums = scratch.sums.data() + (column - item.column_begin);
         PairPanel(b, item.row_end - item.row_begin, before, after);
@@ -317,7 +355,9 @@ void RunPairs(const ops::LinearArgs& args, ThreadPool& pool) {
   const int64_t span =
       Format::kCodes ? std::min<int64_t>(args.w->group, quant::kRoundedSpan) : quant::kRoundedSpan;
   const RoundedInputs inputs = RoundInputs<Format::kInOrder>(args, pool, span);
-  if (args.rows <= kPairStreamRows) return StreamAllPairs<Format>(args, inputs, pool);
+  // The sums of a tile have an order of their own: all rows take it, few as well.
+  if (!FRAMEQUILT_HAVE_AMX && args.rows <= kPairStreamRows)
+    return StreamAllPairs<Format>(args, inputs, pool);
   PanelPieces(args, pool, kWorthUnpacking, kPairRowBlock, kPairGroupColumns, kPairColumns,
               [&](const PanelPiece& piece) { PairItem<Format>(piece, inputs); });
 }
@@ -355,6 +395,7 @@ void Bf16DotW3(const ops::LinearArgs&, ThreadPool&) {}
 void Bf16DotW2(const ops::LinearArgs&, ThreadPool&) {}
 
 #endif
+}  // namespace FRAMEQUILT_DOT_NAMESPACE
 }  // namespace HWY_NAMESPACE
 }  // namespace fq::backend::cpu
 HWY_AFTER_NAMESPACE();
@@ -370,7 +411,11 @@ HWY_EXPORT(Bf16DotW4);
 HWY_EXPORT(Bf16DotW3);
 HWY_EXPORT(Bf16DotW2);
 
+#if FRAMEQUILT_AMX
+void fill_amx_bf16_linear_kernels(Kernels& kernels) {
+#else
 void fill_bf16dot_linear_kernels(Kernels& kernels) {
+#endif
   kernels.linear_bf16dot[16] = &HWY_DYNAMIC_DISPATCH(Bf16DotBF16);
   kernels.linear_bf16dot[8] = &HWY_DYNAMIC_DISPATCH(Bf16DotW8);
   kernels.linear_bf16dot[6] = &HWY_DYNAMIC_DISPATCH(Bf16DotW6);

@@ -108,16 +108,29 @@ constexpr auto kIntegerMicros = MakeIntegerMicros<kPlanes, kCentered>(
     std::make_integer_sequence<int, kIntegerMicroRows - kIntegerLeastRows + 1>());
 
 #if FRAMEQUILT_HAVE_AMX
+static_assert(kIntegerColumns == kSumColumns);
+
+struct IntegerTiles {
+  using Block = IntegerBlock;
+  using Numbers = SpanNumbers;
+  static constexpr TileKind kTiles{};
+  static HWY_INLINE Numbers LoadNumbers(const Block& b, int64_t span, int v) {
+    const float* const numbers = b.numbers + span * 2 * kIntegerColumns + v * kLanes;
+    return {hn::Load(DF(), numbers), hn::Load(DF(), numbers + kIntegerColumns)};
+  }
+  static HWY_INLINE VF Add(VF old, const int32_t* sums, const Numbers& n, const float* inputs) {
+    return AddSpan(old, hn::Load(DI(), sums), n, *inputs);
+  }
+};
+
 template <class Run>
 HWY_INLINE void ForPanelTiles(int64_t rows, const Run& run) {
-  // Whole tiles, as one writes to the sums of all its rows.
-  for (int64_t begin = 0; begin < rows; begin += kAmxRows)
-    run(begin, std::min(kAmxRows, rows - begin));
+  ForTilesOfRows(rows, run);
 }
 template <int kPlanes, bool kCentered>
 HWY_INLINE void PanelMicro(const IntegerBlock& b, int64_t rows) {
   static_assert(kPlanes == 1);
-  AmxStrips<kIntegerSumStride>(b, rows);
+  AmxStrips<IntegerTiles, kIntegerSumStride>(b, rows);
 }
 #else
 template <class Run>
@@ -201,7 +214,7 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
   }
 #if FRAMEQUILT_HAVE_AMX
   // The rest of the last tile: inputs that are multiplied with it are anything.
-  const int64_t tile = InputsOfTile(span);
+  const int64_t tile = BytesOfTile(span);
   for (int64_t i = end; i % tile != 0; i += 4, to += kIntegerColumns) hn::Store(hn::Zero(DU()), DU(), to);
 #endif
 #if !FRAMEQUILT_DIRECT_DOT
@@ -224,7 +237,7 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
   const LinearWeights& w = *item.args.w;
   IntegerScratch& scratch = ThreadIntegerScratch();
 #if FRAMEQUILT_HAVE_AMX
-  const Tiles tiles(InputsOfTile(inputs.span));
+  const Tiles tiles(BytesOfTile(inputs.span));
 #endif
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
   const auto strips = [&](int64_t column) {
@@ -260,7 +273,7 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
         b.steps = (end - begin) / 4;
         b.span_steps = inputs.span / 4;
 #if FRAMEQUILT_HAVE_AMX
-        b.tile_inputs = InputsOfTile(inputs.span);
+        b.tile_bytes = BytesOfTile(inputs.span);
 #endif
         b.input_blocks = inputs.blocks;
         b.span_blocks = (inputs.span + inputs.block - 1) / inputs.block;

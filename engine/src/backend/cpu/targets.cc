@@ -60,8 +60,8 @@ bool may_use_amx() {
 
 #if FRAMEQUILT_HAVE_AMX_FILES
 void fill_amx_kernels(Kernels& kernels) {
-  fill_bf16dot_linear_kernels(kernels);
   fill_amx_linear_kernels(kernels);
+  fill_amx_bf16_linear_kernels(kernels);
   fill_amx_attention_kernels(kernels);
   fill_amx_encoder_attention_kernels(kernels);
 }
