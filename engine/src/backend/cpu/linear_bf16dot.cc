@@ -57,6 +57,41 @@ int64_t GroupOf(const LinearWeights& w, int64_t input) {
 
 // --- Few rows: weights through registers -----------------------------------------------------
 
+// The sum of the products of pairs, in the order that the target has for all rows. A part is what a
+// tile of AMX holds: 32 inputs, or a shorter span.
+#if FRAMEQUILT_HAVE_AMX
+// Even and odd inputs of a part are summed apart, then added: what tdpbf16ps does.
+struct PairSum {
+  VF sum, even, odd;
+
+  HWY_INLINE void Start() { sum = even = odd = hn::Zero(DF()); }
+  HWY_INLINE void Add(VU pairs, VU inputs) {
+    even = PairDot(even, pairs, hn::And(inputs, hn::Set(DU(), 0xFFFFu)));
+    odd = PairDot(odd, pairs, hn::And(inputs, hn::Set(DU(), 0xFFFF0000u)));
+  }
+  HWY_INLINE void EndPart() {
+    sum = Normal(hn::Add(sum, Normal(hn::Add(even, odd))));
+    even = odd = hn::Zero(DF());
+  }
+
+ private:
+  // Subnormal results are zeros.
+  static HWY_INLINE VF Normal(VF x) {
+    return hn::IfThenZeroElse(hn::Lt(hn::Abs(x), hn::Set(DF(), 0x1p-126f)), x);
+  }
+};
+constexpr int64_t kPairPart = kTileBytes / 2;
+#else
+struct PairSum {
+  VF sum;
+
+  HWY_INLINE void Start() { sum = hn::Zero(DF()); }
+  HWY_INLINE void Add(VU pairs, VU inputs) { sum = PairDot(sum, pairs, inputs); }
+  HWY_INLINE void EndPart() {}
+};
+constexpr int64_t kPairPart = kHalfInputs;
+#endif
+
 // `count` <= kUnits units of columns from `unit` on, for `rows` <= kRows rows from `row` on. What
 // is missing repeats the last one and is not stored.
 template <class Format, int kRows, int kUnits>
@@ -82,8 +117,8 @@ HWY_NOINLINE void StreamPairs(const ops::LinearArgs& args, const RoundedInputs& 
   for (int64_t begin = 0; begin < w.in; begin += inputs.span, ++span) {
     const int64_t end = std::min(begin + inputs.span, padded);
     const int64_t group = GroupOf<Format>(w, begin);
-    VF dots[kRows * kUnits];
-    Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { dots[i] = hn::Zero(df); });
+    PairSum dots[kRows * kUnits];
+    Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { dots[i].Start(); });
     typename Format::Zeros zeros[kUnits];
     Unrolled<kUnits>([&](auto u)
                          FRAMEQUILT_INLINE { zeros[u] = Format::LoadZeros(w, unit_of(u), group); });
@@ -97,11 +132,13 @@ HWY_NOINLINE void StreamPairs(const ops::LinearArgs& args, const RoundedInputs& 
         Format::Load(w, tile_stride, unit_of(u), i, zeros[u], pairs);
         Unrolled<kHalfPairs>([&](auto p) FRAMEQUILT_INLINE {
           Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-            VF& dot = dots[r * kUnits + u];
-            dot = PairDot(dot, pairs[p], TwoInputs(x[r] + i + 2 * p));
+            dots[r * kUnits + u].Add(pairs[p], TwoInputs(x[r] + i + 2 * p));
           });
         });
       });
+      const int64_t next_input = i + kHalfInputs;
+      if (next_input % kPairPart == 0 || next_input >= std::min<int64_t>(end, w.in))
+        Unrolled<kRows * kUnits>([&](auto k) FRAMEQUILT_INLINE { dots[k].EndPart(); });
     }
     Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
       const SpanFactors factors = LoadFactors<Format>(w, unit_of(u), group);
@@ -109,7 +146,7 @@ HWY_NOINLINE void StreamPairs(const ops::LinearArgs& args, const RoundedInputs& 
         VF& sum = sums[r * kUnits + u];
         const float* const of_inputs =
             inputs.sums != nullptr ? inputs.sums + row_of(r) * inputs.spans + span : nullptr;
-        sum = AddSpan(sum, dots[r * kUnits + u], factors, of_inputs);
+        sum = AddSpan(sum, dots[r * kUnits + u].sum, factors, of_inputs);
       });
     });
   }
@@ -129,7 +166,8 @@ void StreamPairRows(const ops::LinearArgs& args, const RoundedInputs& inputs, in
   }
 }
 
-constexpr int64_t kPairStreamRows = 8;
+// More rows take matrix registers, where there are some.
+constexpr int64_t kPairStreamRows = FRAMEQUILT_HAVE_AMX ? 1 : 8;
 
 template <class Format>
 void StreamAllPairs(const ops::LinearArgs& args, const RoundedInputs& inputs, ThreadPool& pool) {
@@ -233,7 +271,8 @@ constexpr std::array<PairMicroFn, sizeof...(kI)> MakePairMicros(std::integer_seq
 }
 constexpr auto kPairMicros =
     MakePairMicros(std::make_integer_sequence<int, kPairMicroRows - kPairLeastRows + 1>());
-static_assert(kPairStreamRows + 1 >= kPairLeastRows && kPairMicroRows + 1 >= 2 * kPairLeastRows);
+static_assert(FRAMEQUILT_HAVE_AMX || (kPairStreamRows + 1 >= kPairLeastRows &&
+                                      kPairMicroRows + 1 >= 2 * kPairLeastRows));
 
 #if FRAMEQUILT_HAVE_AMX
 struct PairTiles {
@@ -355,9 +394,7 @@ void RunPairs(const ops::LinearArgs& args, ThreadPool& pool) {
   const int64_t span =
       Format::kCodes ? std::min<int64_t>(args.w->group, quant::kRoundedSpan) : quant::kRoundedSpan;
   const RoundedInputs inputs = RoundInputs<Format::kInOrder>(args, pool, span);
-  // The sums of a tile have an order of their own: all rows take it, few as well.
-  if (!FRAMEQUILT_HAVE_AMX && args.rows <= kPairStreamRows)
-    return StreamAllPairs<Format>(args, inputs, pool);
+  if (args.rows <= kPairStreamRows) return StreamAllPairs<Format>(args, inputs, pool);
   PanelPieces(args, pool, kWorthUnpacking, kPairRowBlock, kPairGroupColumns, kPairColumns,
               [&](const PanelPiece& piece) { PairItem<Format>(piece, inputs); });
 }
