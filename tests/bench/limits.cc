@@ -19,6 +19,10 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -230,6 +234,35 @@ uint64_t int8_work(int64_t rounds) {
   return chained<Words>(rounds, step, std::make_index_sequence<kDotGroups>())[0];
 }
 
+// The same in matrix registers, where the processor has them and the system gives them: a product of
+// two tiles is 16 x 16 x 64 of bytes.
+#if defined(__AMX_INT8__) && defined(__linux__)
+bool has_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+uint64_t tile_work(int64_t rounds) {
+  alignas(64) struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  __asm__ volatile("ldtilecfg %0" ::"m"(config));
+  for (int64_t i = 0; i < rounds; ++i) {
+    __asm__ volatile("tdpbssd %tmm6, %tmm4, %tmm0");
+    __asm__ volatile("tdpbssd %tmm7, %tmm4, %tmm1");
+    __asm__ volatile("tdpbssd %tmm6, %tmm5, %tmm2");
+    __asm__ volatile("tdpbssd %tmm7, %tmm5, %tmm3");
+  }
+  __asm__ volatile("tilerelease");
+  return 0;
+}
+#else
+bool has_tiles() { return false; }
+uint64_t tile_work(int64_t) { return 0; }
+#endif
+constexpr double kTileOps = 2.0 * 16 * 16 * 64;
+
 // A chain of additions, one per cycle: cycles. Of two registers, because some processors add
 // constants without executing anything.
 constexpr int kAdditions = 16;
@@ -299,6 +332,9 @@ int main(int argc, char** argv) {
   constexpr double kSteps = 2e8;  // of each thread: tens of milliseconds
   const auto float_rounds = static_cast<int64_t>(kSteps / (4 * kGroups));
   const auto dot_rounds = static_cast<int64_t>(kSteps / (4 * kDotGroups));
+  constexpr double kTileSteps = kSteps / 16;  // one takes so many cycles
+  const auto tile_rounds = static_cast<int64_t>(kTileSteps / 4);
+  const bool tiles = has_tiles();
   const auto clock_rounds = static_cast<int64_t>(kSteps / kAdditions);
   const double steps = 1e-9 * kSteps * threads;
   timed([&](size_t) { return float_work(float_rounds); });  // the clock rises
@@ -318,9 +354,14 @@ int main(int argc, char** argv) {
     read.push_back(best);
     floats.push_back(2.0 * (kBytes / 4.0) * steps /
                      timed([&](size_t) { return float_work(float_rounds); }));
-    ints.push_back(kDotName[0] == '\0' ? 0.0 : 2.0 * kBytes * steps / timed([&](size_t) {
-                                                 return int8_work(dot_rounds);
-                                               }));
+    if (tiles) {
+      const double wall = timed([&](size_t) { return tile_work(tile_rounds); });
+      ints.push_back(1e-9 * kTileOps * kTileSteps * threads / wall);
+    } else {
+      ints.push_back(kDotName[0] == '\0' ? 0.0 : 2.0 * kBytes * steps / timed([&](size_t) {
+                                                   return int8_work(dot_rounds);
+                                                 }));
+    }
     if (!kHasClock) continue;
     clock.push_back(1e-9 * kSteps / timed([&](size_t) { return clock_work(clock_rounds); }));
     float_cycle.push_back(floats.back() / (threads * clock.back()));
@@ -335,7 +376,7 @@ int main(int argc, char** argv) {
   if (!distance.empty()) print("core_to_core_ns", distance);
   print("float_gflops", floats);
   print("int8_gops", ints);
-  std::printf(", \"int8_instruction\": \"%s\"", kDotName);
+  std::printf(", \"int8_instruction\": \"%s\"", tiles ? "amx tdpbssd" : kDotName);
   if (kHasClock) {
     print("clock_ghz", clock);
     print("float_flop_per_cycle", float_cycle);

@@ -7,7 +7,8 @@ from pathlib import Path
 
 # Instructions that kernels and peers choose by; names as Linux prints them.
 EXTENSIONS = (
-    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "asimd", "asimddp", "i8mm", "bf16"
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "bf16",
 )  # fmt: skip
 CPUINFO = Path("/proc/cpuinfo")
 

@@ -1,7 +1,7 @@
 // Choice of a CPU backend and its refusals.
 #include <algorithm>
 
-#include "tests/engine/backend/kernel_testing.h"
+#include "tests/engine/backend/linear_problem.h"
 
 namespace fq::backend {
 namespace {
@@ -56,6 +56,38 @@ TEST(CpuBackend, Avx2WithDotProductsComesBeforeAvx2) {
   const auto at = std::find(targets.begin(), targets.end(), "avx2_vnni");
   ASSERT_NE(at, targets.end());
   EXPECT_EQ(*(at + 1), "avx2");
+}
+#endif
+
+#if defined(__x86_64__) && defined(__linux__)
+// Whether registers of a thread hold tiles (the system's name for them: component 18).
+bool holds_tiles() {
+  uint32_t low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
+  return (low >> 18 & 1) != 0;
+}
+
+// A thread may go on with other code that uses them, and the system saves what they hold.
+TEST(CpuBackend, KernelsLeaveNoTilesBehind) {
+  const std::vector<std::string> targets = cpu_targets();
+  if (std::find(targets.begin(), targets.end(), "avx3_amx") == targets.end())
+    GTEST_SKIP() << "needs AMX";
+  EXPECT_EQ(targets.front(), "avx3_amx");
+  const model::WeightFormat w4{model::WeightFormat::Kind::kAffine, 4, 64};
+  for (const model::ActivationFormat& inputs :
+       {model::ActivationFormat{.bits = 8}, model::ActivationFormat{.bf16 = true}}) {
+    Problem problem(w4, 64, 128, 40, false, false, inputs);
+    const auto backend = backend_of("avx3_amx");
+    problem.run(*backend->linear(w4, inputs), 1);
+    EXPECT_FALSE(holds_tiles()) << inputs.name();
+  }
+  alignas(64) uint8_t config[64] = {1};  // palette 1; of tile 0: bytes of a row, rows
+  config[16] = 64;
+  config[48] = 16;
+  __asm__ volatile("ldtilecfg %0" ::"m"(config));
+  __asm__ volatile("tilezero %tmm0");
+  EXPECT_TRUE(holds_tiles());  // they are seen
+  __asm__ volatile("tilerelease");
 }
 #endif
 

@@ -183,6 +183,35 @@ TEST_P(IntegerKernels, SumsOfPairsLeaveInt16InTime) {
   }
 }
 
+// Kernels multiply by the inverse of a scale where that cannot change a code: here it could.
+TEST_P(IntegerKernels, QuotientsNearTiesRoundAsADivisionDoes) {
+  const int in = 506, rows = 24;
+  Problem problem(GetParam().weights, 17, in, rows, false, false, GetParam().activations);
+  const ActivationFormat& format = GetParam().activations;
+  const int levels = (1 << format.bits) - 1, half = levels / 2;
+  std::mt19937 random(3);
+  std::uniform_real_distribution<float> sizes(0.5f, 40.0f);
+  for (int r = 0; r < rows; ++r) {
+    float* const row = problem.x.data() + r * problem.args.x_stride;
+    const float largest = sizes(random);
+    const float least = format.symmetric ? -largest : -0.4f * largest;
+    const float scale = format.symmetric ? largest / static_cast<float>(half)
+                                         : (largest - least) / static_cast<float>(levels);
+    for (int i = 0; i < in; ++i) {
+      // A tie, and its neighbours up to five numbers away.
+      const double tie = (i % (half - 1) + 0.5) * scale * (i % 2 == 0 ? 1 : -0.4);
+      float value = static_cast<float>(tie);
+      for (int step = 0; step < i % 6; ++step)
+        value = std::nextafterf(value, i % 4 < 2 ? largest : least);
+      row[i] = std::clamp(value, least, largest);
+    }
+    row[0] = largest;
+    row[1] = least;
+  }
+  if (!format.symmetric) problem.set_row_sums();
+  expect_reference(problem, 1);
+}
+
 TEST_P(IntegerKernels, ARowThatIsNotFiniteStaysAlone) {
   Problem problem(GetParam().weights, 33, 70, 12, false, false, GetParam().activations);
   problem.x[static_cast<size_t>(3 * problem.args.x_stride + 69)] =

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "hwy/highway.h"
@@ -19,16 +20,18 @@
 #include "src/backend/cpu/amx_attention-inl.h"
 #include "src/backend/cpu/attention_scratch.h"
 #include "src/backend/cpu/word_products-inl.h"
+#include "src/ops/integer_attention.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
 #if FRAMEQUILT_HAVE_AMX
 
-constexpr int64_t kEncoderQueries = 2 * kTileSide;
-
-// Where the codes of a head are in the scratch.
+// The codes of a head in the scratch, and what is computed from them: what EncoderWords is to other
+// targets.
 struct EncoderTiles {
+  static constexpr int64_t kQueries = 2 * kTileSide;  // of a tile
+
   EncoderAttentionScratch& s;
   int64_t tokens, dims;
   int64_t key_bytes;      // of a row of keys or queries, whole tiles, 0 behind its last code
@@ -55,29 +58,33 @@ struct EncoderTiles {
     reserve(s.k, key_bytes / 4 * columns);
     reserve(s.k_scales, columns);
     reserve(s.v, value_tokens / 4 * value_stride());
-    reserve(s.codes, std::max(kEncoderQueries * key_bytes, 8 * out_stride()));
-    reserve(s.scores, kEncoderQueries * columns);
-    reserve(s.p_high, kEncoderQueries * value_tokens);
-    reserve(s.p_low, kEncoderQueries * value_tokens);
-    reserve(s.out, kEncoderQueries * out_stride());
+    reserve(s.q_codes, kQueries * key_bytes);
+    reserve(s.scores, kQueries * columns);
+    reserve(s.p_high, kQueries * value_tokens);
+    reserve(s.p_low, kQueries * value_tokens);
+    reserve(s.out, kQueries * out_stride());
   }
 
   // --- Operands --------------------------------------------------------------------------------
 
-  // A row of keys: [key_bytes / 4][columns] words of 4 dims. Behind `codes` there are zeros up to
-  // a whole word.
-  void StoreKey(int64_t token, const int8_t* codes) const {
-    uint32_t* to = s.k.data() + token;
-    for (int64_t d = 0; d < dims; d += 4, to += columns) std::memcpy(to, codes + d, 4);
-  }
   // Zeros where no key is: behind the dims of all tokens and in the columns behind the last one.
-  void ClearKeys() const {
+  void StartKeys() const {
     std::fill_n(s.k.data(), key_bytes / 4 * columns, 0u);
     std::fill_n(s.k_scales.data(), columns, 0.0f);
   }
+  // Keys: [key_bytes / 4][columns] words of 4 dims. Behind the codes there are zeros up to a word.
+  void AddKey(int64_t token, const int8_t* codes, float) const {
+    uint32_t* to = s.k.data() + token;
+    for (int64_t d = 0; d < dims; d += 4, to += columns) std::memcpy(to, codes + d, 4);
+  }
 
-  // Codes of 4 tokens, [4][channels]: [value_tokens / 4][channel_tiles][high, low][16] words.
-  void StoreValues(int64_t token, const int16_t* codes) const {
+  // Tokens behind the last four.
+  void StartValues() const {
+    std::fill(s.v.data() + (tokens + 3) / 4 * value_stride(),
+              s.v.data() + value_tokens / 4 * value_stride(), 0u);
+  }
+  // Codes of 4 tokens, [4][out_stride], as [value_tokens / 4][channel_tiles][high, low][16] words.
+  void AddValues(int64_t token, const int16_t* codes) const {
     const DU du;
     uint32_t* to = s.v.data() + token / 4 * value_stride();
     const hn::Rebind<int16_t, DI> d16;
@@ -94,23 +101,23 @@ struct EncoderTiles {
       hn::Store(low, du, to + kTileSide);
     }
   }
-  void ClearValuesFrom(int64_t token) const {
-    std::fill(s.v.data() + token / 4 * value_stride(),
-              s.v.data() + value_tokens / 4 * value_stride(), 0u);
-  }
 
-  int8_t* QueryCodes(int64_t query) const { return s.codes.data() + query * key_bytes; }
+  // What lies behind the codes of a query is multiplied with zeros.
+  void AddQuery(int64_t query, const int8_t* codes) const {
+    std::memcpy(s.q_codes.data() + query * key_bytes, codes, static_cast<size_t>(dims));
+  }
+  void EndQueries() const {}
 
   // --- A tile of queries -----------------------------------------------------------------------
 
   // scores [queries][columns], -infinity behind the last token; most [queries].
   void Scores(float* most) const {
     const DF df;
-    HWY_ALIGN float lanes[kEncoderQueries * kLanes];
-    std::fill_n(lanes, kEncoderQueries * kLanes, -std::numeric_limits<float>::infinity());
+    HWY_ALIGN float lanes[kQueries * kLanes];
+    std::fill_n(lanes, kQueries * kLanes, -std::numeric_limits<float>::infinity());
     TileInputs in;
-    in.first = QueryCodes(0);
-    in.second = QueryCodes(kTileSide);
+    in.first = s.q_codes.data();
+    in.second = s.q_codes.data() + kTileSide * key_bytes;
     in.stride = key_bytes;
     in.word_stride = columns;
     in.tiles = key_bytes / kTileBytes;
@@ -128,7 +135,7 @@ struct EncoderTiles {
             const auto real = hn::FirstN(df, static_cast<size_t>(std::clamp<int64_t>(
                                                  tokens - at, 0, kLanes)));
             const VF lowest = hn::Set(df, -std::numeric_limits<float>::infinity());
-            for (int64_t q = 0; q < kEncoderQueries; ++q) {
+            for (int64_t q = 0; q < kQueries; ++q) {
               const VI sum = hn::Load(DI(), sums + q * kSumColumns + v * kLanes);
               const VF product = hn::Mul(hn::ConvertTo(df, sum), scale);
               const VF score = hn::IfThenElse(real, product, lowest);
@@ -138,7 +145,7 @@ struct EncoderTiles {
             }
           });
         });
-    for (int64_t q = 0; q < kEncoderQueries; ++q)
+    for (int64_t q = 0; q < kQueries; ++q)
       most[q] = hn::GetLane(hn::MaxOfLanes(df, hn::Load(df, lanes + q * kLanes)));
   }
 
@@ -148,7 +155,7 @@ struct EncoderTiles {
     const auto bytes = [](VU codes, uint8_t* to) FRAMEQUILT_INLINE {
       _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(codes.raw));
     };
-    for (int64_t q = 0; q < kEncoderQueries; ++q) {
+    for (int64_t q = 0; q < kQueries; ++q) {
       const VF m = hn::Set(df, most[q]), factor = hn::Set(df, factors[q]);
       const float* const scores = s.scores.data() + q * columns;
       uint8_t* const high = s.p_high.data() + q * value_tokens;
@@ -201,6 +208,20 @@ struct EncoderTiles {
               hn::Store(begin == 0 ? sum : hn::Add(hn::Load(df, out), sum), df, out);
             }
           });
+    }
+  }
+
+  // As EncoderWords::Finish.
+  void Finish(int64_t rows, const float* inverses, float* to, int64_t to_stride) const {
+    const DF df;
+    const float* out = s.out.data();
+    for (int64_t r = 0; r < rows; ++r, out += out_stride(), to += to_stride) {
+      const VF inverse = hn::Set(df, inverses[r]);
+      for (int64_t d = 0; d < dims; d += kLanes) {
+        const VF scaled = hn::Mul(hn::Load(df, out + d), hn::Load(df, s.v_scales.data() + d));
+        const auto real = hn::FirstN(df, static_cast<size_t>(std::min<int64_t>(kLanes, dims - d)));
+        hn::BlendedStore(hn::Mul(scaled, inverse), real, df, to + d);
+      }
     }
   }
 };
