@@ -21,15 +21,6 @@ namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
 #if FRAMEQUILT_HAVE_SIMD
 
-// The integers nearest to numbers of less than 2^22, half to even: the sum that rounds a number has
-// it in its low bits.
-HWY_INLINE VI RoundedCodes(VF x) {
-  const DI di;
-  const VF shifted = hn::Add(x, hn::Set(DF(), Constants::kRoundShift));
-  constexpr int32_t kBits = 0x4B400000;  // of kRoundShift
-  return hn::Sub(hn::BitCast(di, shifted), hn::Set(di, kBits));
-}
-
 // --- Codes of a query and of weights -----------------------------------------------------------
 
 // Codes of a row of one head: groups of words of two dims each, an odd group's last one with a 0,
@@ -43,8 +34,9 @@ inline float QueryCodes(const float* q, const KvPart& part, int64_t dims, int16_
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) f(hn::LoadU(df, x + i), i, kLanes);
     if (i < n) {
-      const auto some = hn::FirstN(df, static_cast<size_t>(n - i));
-      f(hn::MaskedLoad(some, df, x + i), i, n - i);
+      HWY_ALIGN float lanes[kLanes] = {};
+      std::memcpy(lanes, x + i, static_cast<size_t>(n - i) * sizeof(float));
+      f(hn::Load(df, lanes), i, n - i);
     }
   };
   VF largest = hn::Zero(df), odd = hn::Zero(df);
@@ -59,7 +51,7 @@ inline float QueryCodes(const float* q, const KvPart& part, int64_t dims, int16_
   for (int64_t g = 0; g < part.groups; ++g) {
     VI sum = hn::Zero(DI());
     for_vectors(q + g * part.group, part.group, [&](VF v, int64_t i, int64_t n) FRAMEQUILT_INLINE {
-      const VI code = finite ? RoundedCodes(hn::Mul(v, to_codes)) : hn::Zero(DI());
+      const VI code = finite ? Rounding(hn::Mul(v, to_codes)).Integer() : hn::Zero(DI());
       sum = hn::Add(sum, code);
       const auto narrow = hn::DemoteTo(d16, code);
       if (n == kLanes) {
@@ -108,7 +100,7 @@ HWY_INLINE float WeightCodes(const float* p, const float* scales, const int32_t*
   const VF to_codes = hn::Set(df, s.to_codes);
   VI sum = hn::Zero(di);
   Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
-    const VI code = RoundedCodes(hn::Mul(weights[v], to_codes));
+    const VI code = Rounding(hn::Mul(weights[v], to_codes)).Integer();
     hn::StoreU(hn::DemoteTo(d16, code), d16, codes + v * kLanes);
     sum = hn::Add(sum, hn::Mul(code, hn::Load(di, zeros + v * kLanes)));
   });

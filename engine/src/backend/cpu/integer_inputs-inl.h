@@ -177,7 +177,7 @@ HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t
     *zero_out = 0.0f;
     return;
   }
-  const float least = static_cast<float>(-half), most = static_cast<float>(half - 1);
+  const float most = static_cast<float>(half - 1);
   float scale, zero = 0.0f;
   if (format.symmetric) {
     scale = std::max(std::max(-range.low, range.high), 1e-5f) / most;
@@ -189,16 +189,15 @@ HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t
   }
   *scale_out = scale;
   *zero_out = zero;
-  // All in integers below 2^24: it makes no difference where the base is taken off.
-  const float base = limits.centered ? zero : 0.0f;
-  const int32_t whole_base = static_cast<int32_t>(base);
+  // All in integers: it makes no difference where the base is taken off.
+  const int32_t whole_zero = static_cast<int32_t>(zero);
+  const int32_t whole_base = limits.centered ? whole_zero : 0;
   const RoundedQuotient quotient(scale, static_cast<float>(2 * half));
-  const VF shift = hn::Set(df, zero - base);
-  const VF low = hn::Set(df, least - base), high = hn::Set(df, most - base);
+  const VI shift = hn::Set(di, whole_zero - whole_base);
+  const VI low = hn::Set(di, -half - whole_base), high = hn::Set(di, half - 1 - whole_base);
   const VI bases = hn::Set(di, whole_base);
   const auto code_minus_base = [&](VF v) FRAMEQUILT_INLINE {
-    const VF rounded = hn::Add(quotient(v), shift);
-    return hn::ConvertTo(di, hn::Min(hn::Max(rounded, low), high));
+    return hn::Min(hn::Max(hn::Add(quotient(v), shift), low), high);
   };
   for (int64_t begin = 0; begin < n; begin += block) {
     const int64_t end = std::min(begin + block, n);

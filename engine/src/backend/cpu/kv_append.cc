@@ -61,9 +61,12 @@ HWY_INLINE void QuantizeHead(const KvPart& part, bool scale32, std::byte* head, 
     const AffineParams params = GroupParams(x + begin, part.group, part.bits, scale32);
     const RoundedQuotient quotient(params.scale, qmax + 1.0f);
     const VF zero = hn::Set(df, params.zero);
+    // Codes end before; the scale of a range that is too wide for a half is less than its share.
+    const VF most = hn::Set(df, 1024.0f * params.scale), least = hn::Neg(most);
     int i = begin;
     for (; i + kLanes <= end; i += kLanes) {
-      const VF code = hn::Add(quotient(hn::LoadU(df, x + i)), zero);
+      const VF inside_range = hn::Min(hn::Max(hn::LoadU(df, x + i), least), most);
+      const VF code = hn::Add(hn::ConvertTo(df, quotient(inside_range)), zero);
       const VF inside = hn::Min(hn::Max(code, hn::Zero(df)), hn::Set(df, qmax));
       hn::StoreU(hn::DemoteTo(d8, hn::ConvertTo(di, inside)), d8, codes + i);
     }

@@ -81,9 +81,9 @@ void PanelItem(const PanelPiece& item, const PanelFormat& format) {
           GemmPanel<1>(g, rows, before, after);
         }
       },
-      [&](int64_t row, int64_t columns) {
-        FinishColumns(args, item.row_begin + row, item.column_begin, columns,
-                      scratch.sums.data() + row * kGroupColumns);
+      [&](int64_t first, int64_t count, int64_t columns) {
+        FinishRows(args, item.row_begin + first, count, item.column_begin, columns,
+                   scratch.sums.data() + first * kGroupColumns, kGroupColumns);
       });
 }
 

@@ -382,9 +382,9 @@ void PairItem(const PanelPiece& item, const RoundedInputs& inputs) {
         b.sums = scratch.sums.data() + (column - item.column_begin);
         PairPanel(b, item.row_end - item.row_begin, before, after);
       },
-      [&](int64_t row, int64_t columns) {
-        FinishColumns(item.args, item.row_begin + row, item.column_begin, columns,
-                      scratch.sums.data() + row * kPairSumStride);
+      [&](int64_t first, int64_t count, int64_t columns) {
+        FinishRows(item.args, item.row_begin + first, count, item.column_begin, columns,
+                   scratch.sums.data() + first * kPairSumStride, kPairSumStride);
       });
 }
 

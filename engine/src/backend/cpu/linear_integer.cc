@@ -232,6 +232,15 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
   }
 }
 
+HWY_NOINLINE void FinishScaledRows(const ops::LinearArgs& args, const Inputs& inputs, int64_t row,
+                                   int64_t rows, int64_t column, int64_t count,
+                                   const float* sums) {
+  FinishRowsOf(args, row, rows, column, count, [&](int64_t r, int64_t i) FRAMEQUILT_INLINE {
+    const VF sum = hn::Load(DF(), sums + r * kIntegerSumStride + i);
+    return ScaledSum(args, inputs, row + r, column + i, sum);
+  });
+}
+
 template <int kBits, bool kCentered>
 void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
   const LinearWeights& w = *item.args.w;
@@ -287,14 +296,9 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
         IntegerPanel<kDotPlanes<kBits>, kCentered>(b, item.row_end - item.row_begin, strips(column),
                                                    before, after);
       },
-      [&](int64_t row, int64_t columns) {
-        float* const sums = scratch.sums.data() + row * kIntegerSumStride;
-        const int64_t r = item.row_begin + row;
-        for (int64_t c = 0; c < columns; c += kLanes) {
-          const VF sum = hn::Load(DF(), sums + c);
-          hn::Store(ScaledSum(item.args, inputs, r, item.column_begin + c, sum), DF(), sums + c);
-        }
-        FinishColumns(item.args, r, item.column_begin, columns, sums);
+      [&](int64_t first, int64_t count, int64_t columns) {
+        FinishScaledRows(item.args, inputs, item.row_begin + first, count, item.column_begin,
+                         columns, scratch.sums.data() + first * kIntegerSumStride);
       });
 }
 

@@ -49,9 +49,27 @@ HWY_INLINE VF Exp(VF x) {
                         result);
 }
 
+// Integers nearest to numbers of less than 2^22, half to even: the sum that rounds a number has its
+// integer in the low bits.
+struct Rounding {
+  VF shifted;
+
+  HWY_INLINE explicit Rounding(VF x) : shifted(hn::Add(x, Shift())) {}
+  HWY_INLINE VI Integer() const {
+    constexpr int32_t kBits = 0x4B400000;  // of kRoundShift
+    const hn::Rebind<int32_t, DF> di;
+    return hn::Sub(hn::BitCast(di, shifted), hn::Set(di, kBits));
+  }
+  HWY_INLINE VF Float() const { return hn::Sub(shifted, Shift()); }
+
+ private:
+  static HWY_INLINE VF Shift() { return hn::Set(DF(), Constants::kRoundShift); }
+};
+
 // round(x / divisor), half to even, the bits of a division: its quotient is rounded to float32
 // first. Division is what a vector unit does slowest, so the nearest integer to x times the inverse
-// is taken where no quotient is near a tie. `most`: |x / divisor| is never above.
+// is taken where no quotient is near a tie. |x / divisor| has to be less than 2^22; where it is
+// above `most`, the integer may be another one that is.
 class RoundedQuotient {
  public:
   RoundedQuotient(float divisor, float most)
@@ -62,13 +80,13 @@ class RoundedQuotient {
         // Three roundings, of 2^-24 each, lie between the two quotients.
         sure_(hn::Set(DF(), 0.5f - (most + 1.0f) * 0x1p-22f)) {}
 
-  HWY_INLINE VF operator()(VF x) const {
+  HWY_INLINE VI operator()(VF x) const {
     const VF quotient = hn::Mul(x, inverse_);
-    const VF rounded = hn::Round(quotient);
-    const VF distance = hn::Abs(hn::Sub(quotient, rounded));
+    const Rounding rounded(quotient);
+    const VF distance = hn::Abs(hn::Sub(quotient, rounded.Float()));
     if (hn::AllTrue(DF(), hn::Lt(distance, sure_))) [[likely]]
-      return rounded;
-    return hn::Round(hn::Div(x, divisor_));
+      return rounded.Integer();
+    return Rounding(hn::Div(x, divisor_)).Integer();
   }
 
  private:

@@ -124,33 +124,45 @@ HWY_INLINE void WithActivation(const std::optional<model::Activation>& kind, con
   }
 }
 
-// y[row][column, column + count) = act(sum + bias) and so on (ops::LinearArgs), of whole vectors of
-// sums. Out of line: every kernel ends with this.
-inline HWY_NOINLINE void FinishColumns(const ops::LinearArgs& args, int64_t row, int64_t column,
-                                       int64_t count, const float* sums) {
+// y[row, row + rows)[column, column + count) = act(sum + bias) and so on (ops::LinearArgs), where
+// load(r, i) is the vector of sums of the r-th row from the i-th column on.
+template <class Load>
+HWY_INLINE void FinishRowsOf(const ops::LinearArgs& args, int64_t row, int64_t rows, int64_t column,
+                             int64_t count, const Load& load) {
   const DF df;
-  float* const y = args.y + row * args.y_stride + column;
   const float* const bias = args.w->bias != nullptr ? args.w->bias + column : nullptr;
   const bool accumulate = args.accumulate, multiply = args.multiply;
   WithActivation(args.activation, [&](const auto& act) FRAMEQUILT_INLINE {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      VF sum = hn::Load(df, sums + i);
-      if (bias != nullptr) sum = hn::Add(sum, hn::LoadU(df, bias + i));
-      sum = act(sum);
-      if (accumulate) sum = hn::Add(sum, hn::LoadU(df, y + i));
-      if (multiply) sum = hn::Mul(sum, hn::LoadU(df, y + i));
-      hn::StoreU(sum, df, y + i);
+    float* y = args.y + row * args.y_stride + column;
+    for (int64_t r = 0; r < rows; ++r, y += args.y_stride) {
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) {
+        VF sum = load(r, i);
+        if (bias != nullptr) sum = hn::Add(sum, hn::LoadU(df, bias + i));
+        sum = act(sum);
+        if (accumulate) sum = hn::Add(sum, hn::LoadU(df, y + i));
+        if (multiply) sum = hn::Mul(sum, hn::LoadU(df, y + i));
+        hn::StoreU(sum, df, y + i);
+      }
+      if (i == count) continue;
+      HWY_ALIGN float lanes[kLanes];
+      hn::Store(load(r, i), df, lanes);
+      for (int64_t k = 0; i + k < count && bias != nullptr; ++k) lanes[k] += bias[i + k];
+      hn::Store(act(hn::Load(df, lanes)), df, lanes);
+      for (int64_t k = 0; i + k < count; ++k) {
+        float& to = y[i + k];
+        to = accumulate ? lanes[k] + to : multiply ? lanes[k] * to : lanes[k];
+      }
     }
-    if (i == count) return;
-    HWY_ALIGN float lanes[kLanes];
-    hn::Store(hn::Load(df, sums + i), df, lanes);
-    for (int64_t k = 0; i + k < count && bias != nullptr; ++k) lanes[k] += bias[i + k];
-    hn::Store(act(hn::Load(df, lanes)), df, lanes);
-    for (int64_t k = 0; i + k < count; ++k) {
-      float& to = y[i + k];
-      to = accumulate ? lanes[k] + to : multiply ? lanes[k] * to : lanes[k];
-    }
+  });
+}
+
+// Of whole vectors of sums, [rows][sum_stride]. Out of line: every kernel ends with this.
+inline HWY_NOINLINE void FinishRows(const ops::LinearArgs& args, int64_t row, int64_t rows,
+                                    int64_t column, int64_t count, const float* sums,
+                                    int64_t sum_stride) {
+  FinishRowsOf(args, row, rows, column, count, [&](int64_t r, int64_t i) FRAMEQUILT_INLINE {
+    return hn::Load(DF(), sums + r * sum_stride + i);
   });
 }
 
@@ -162,8 +174,8 @@ HWY_INLINE void FinishUnits(const ops::LinearArgs& args, int64_t row, int64_t un
   HWY_ALIGN float columns[kUnits * kLanes];
   Unrolled<kUnits>([&](auto u)
                        FRAMEQUILT_INLINE { hn::Store(sums[u], DF(), columns + u * kLanes); });
-  FinishColumns(args, row, unit * kLanes,
-                std::min<int64_t>(count * kLanes, args.w->out - unit * kLanes), columns);
+  FinishRows(args, row, 1, unit * kLanes,
+             std::min<int64_t>(count * kLanes, args.w->out - unit * kLanes), columns, 0);
 }
 
 // --- Sharing the work ----------------------------------------------------------------------------
@@ -264,8 +276,8 @@ void PanelPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t least_ro
 // The panels of one item: blocks of `inputs_at_once` of `inputs` inputs times `columns_at_once`
 // columns. For each calls unpack(begin, end, column) and multiply(begin, end, column, before,
 // after), which has to call before(first, count) and after(first, count) around the products of
-// rows [first, first + count) of the item. finish(row, columns) writes the outputs of that many
-// columns of a row of the item. ask_for(weights, column, begin): those of a panel.
+// rows [first, first + count) of the item. finish(first, count, columns) writes the outputs of that
+// many columns of these rows. ask_for(weights, column, begin): those of a panel.
 template <class AskFor, class Unpack, class Multiply, class FinishRow>
 HWY_INLINE void ForPanels(const PanelPiece& item, int64_t inputs, int64_t inputs_at_once,
                           int64_t columns_at_once, const AskFor& ask_for, const Unpack& unpack,
@@ -292,8 +304,7 @@ HWY_INLINE void ForPanels(const PanelPiece& item, int64_t inputs, int64_t inputs
           AskForOutputs(item.args, item.row_begin + first, count, item.column_begin, out_end);
       };
       const auto after = [&](int64_t first, int64_t count) {
-        if (!last) return;
-        for (int64_t r = first; r < first + count; ++r) finish(r, out_end - item.column_begin);
+        if (last) finish(first, count, out_end - item.column_begin);
       };
       multiply(begin, end, column, before, after);
     }
