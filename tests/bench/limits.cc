@@ -234,8 +234,8 @@ uint64_t int8_work(int64_t rounds) {
   return chained<Words>(rounds, step, std::make_index_sequence<kDotGroups>())[0];
 }
 
-// The same in matrix registers, where the processor has them and the system gives them: a product of
-// two tiles is 16 x 16 x 64 of bytes.
+// The same in matrix registers, where the processor has them and the system gives them: a product
+// of two tiles is 16 x 16 x 64 of bytes.
 #if defined(__AMX_INT8__) && defined(__linux__)
 bool has_tiles() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h

@@ -21,12 +21,12 @@ namespace HWY_NAMESPACE {
 #if FRAMEQUILT_AMX && HWY_TARGET == HWY_AVX3_DL
 #define FRAMEQUILT_HAVE_AMX 1
 
-constexpr int64_t kTileSide = 16;    // rows of a tile, and words of 4 bytes of a row
-constexpr int64_t kTileBytes = 64;   // of a row
+constexpr int64_t kTileSide = 16;   // rows of a tile, and words of 4 bytes of a row
+constexpr int64_t kTileBytes = 64;  // of a row
 
 // Tiles 0 to 3 are sums, 4 and 5 inputs (rows of `input_bytes`, at most 64), 6 and 7 weights (a row
-// is a word of 4 bytes for each of 16 columns). The tiles of a thread are set up for as long as this
-// lives: what else runs on the thread, such as another library's kernels, finds them free.
+// is a word of 4 bytes for each of 16 columns). The tiles of a thread are set up for as long as
+// this lives: what else runs on the thread, such as another library's kernels, finds them free.
 class Tiles {
  public:
   explicit Tiles(int64_t input_bytes = kTileBytes) {
@@ -63,8 +63,8 @@ template <int kTile>
 HWY_INLINE void StoreTile(void* to, int64_t stride) {
   __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(to), "r"(stride) : "memory");
 }
-// What is multiplied: bytes, signed or not, whose sums are exact in int32; or bfloat16 numbers, whose
-// products are summed in float32, even and odd inputs of a tile apart and then added.
+// What is multiplied: bytes, signed or not, whose sums are exact in int32; or bfloat16 numbers,
+// whose products are summed in float32, even and odd inputs of a tile apart and then added.
 struct TileKind {
   bool first = true, second = true, left = false, right = false;  // signed bytes
   bool bf16 = false;
@@ -92,9 +92,9 @@ HWY_INLINE void AddTileProducts() {
 
 // --- Four tiles of sums ------------------------------------------------------------------------
 //
-// One or two tiles of inputs, `first` and `second`, times two neighbouring ones of weights, left and
-// right: so loading of tiles takes no longer than multiplying them. The sums of `second` lie behind
-// those of `first`.
+// One or two tiles of inputs, `first` and `second`, times two neighbouring ones of weights, left
+// and right: so loading of tiles takes no longer than multiplying them. The sums of `second` lie
+// behind those of `first`.
 
 constexpr int64_t kSumColumns = 2 * kTileSide;
 constexpr int64_t kSumRowBytes = kSumColumns * 4;
@@ -102,9 +102,9 @@ constexpr int64_t kSumRowBytes = kSumColumns * 4;
 struct TileInputs {
   const void* first = nullptr;
   const void* second = nullptr;
-  int64_t stride = 0;           // bytes between rows
+  int64_t stride = 0;               // bytes between rows
   const uint32_t* words = nullptr;  // of the weights: rows of 4 bytes of each of 32 columns
-  int64_t word_stride = 0;      // words between rows
+  int64_t word_stride = 0;          // words between rows
   int64_t tiles = 0;
   int64_t tile_bytes = kTileBytes;  // of a row of inputs
 };

@@ -1,7 +1,7 @@
 // Attention over KV with codes, with the matrix registers of AMX: many rows times the codes of a
 // page, whose words hold 4 codes here. Codes of queries and of weights have 16 bits: their high and
-// low bytes are multiplied apart, and 256 times the sum of the one and that of the other is the same
-// integer as in code_products-inl.h. Included once per SIMD target.
+// low bytes are multiplied apart, and 256 times the sum of the one and that of the other is the
+// same integer as in code_products-inl.h. Included once per SIMD target.
 #if defined(FRAMEQUILT_CPU_AMX_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FRAMEQUILT_CPU_AMX_ATTENTION_INL_H_
 #undef FRAMEQUILT_CPU_AMX_ATTENTION_INL_H_
@@ -55,9 +55,9 @@ HWY_INLINE V8 RowOfCodes(const KvPart& part, const std::byte* head, int64_t row,
   const V8 low = plane(part.low, std::integral_constant<int, kPlanes.low>());
   if constexpr (kPlanes.high == 0) return low;
   const V8 high =
-      plane(part.high, std::integral_constant<int, kPlanes.high == 0 ? 8 : kPlanes.high>());
-  return hn::Or(low, hn::BitCast(d8, hn::ShiftLeft<kPlanes.low>(hn::BitCast(
-                         hn::Repartition<uint16_t, D8>(), high))));
+      plane(part.high, std::integral_constant < int, kPlanes.high == 0 ? 8 : kPlanes.high > ());
+  return hn::Or(low, hn::BitCast(d8, hn::ShiftLeft<kPlanes.low>(
+                                         hn::BitCast(hn::Repartition<uint16_t, D8>(), high))));
 }
 
 // 64 columns of 4 rows as words: the codes of a column, in 4 vectors of 16 words.
@@ -112,11 +112,11 @@ HWY_INLINE void SplitCodes(const int16_t* codes, int64_t count, uint8_t* high, u
   constexpr int64_t kHalf = kTileBytes / 2;
   for (int64_t begin = 0; begin < count; begin += kTileBytes) {
     for (int64_t i = begin; i < begin + kTileBytes; i += kHalf) {
-      const auto some = hn::FirstN(d16, static_cast<size_t>(std::clamp<int64_t>(count - i, 0, kHalf)));
+      const auto some =
+          hn::FirstN(d16, static_cast<size_t>(std::clamp<int64_t>(count - i, 0, kHalf)));
       const __m512i both = hn::MaskedLoad(some, d16, codes + i).raw;
-      const auto to = [&](uint8_t* bytes) FRAMEQUILT_INLINE {
-        return reinterpret_cast<__m256i*>(bytes + i);
-      };
+      const auto to = [&](uint8_t* bytes)
+                          FRAMEQUILT_INLINE { return reinterpret_cast<__m256i*>(bytes + i); };
       _mm256_storeu_si256(to(low), _mm512_cvtepi16_epi8(both));
       _mm256_storeu_si256(to(high), _mm512_cvtepi16_epi8(_mm512_srli_epi16(both, 8)));
     }
@@ -143,7 +143,8 @@ inline void ReserveBytes(const KvPageLayout& layout, int64_t rows, AttentionScra
 }
 
 // Where the bytes of a row of queries are, for one group of dims: [groups][rows][inputs].
-inline int64_t QueryBytes(const KvPart& part, const AttentionScratch& s, int64_t group, int64_t row) {
+inline int64_t QueryBytes(const KvPart& part, const AttentionScratch& s, int64_t group,
+                          int64_t row) {
   return (group * s.q_rows + row) * TiledInputs(part.group);
 }
 
@@ -179,8 +180,8 @@ void ByteProducts(const uint8_t* high, const uint8_t* low, int64_t inputs, int64
         in.words = words + block / row_tiles * kSumColumns;
         in.first = high + row * inputs;
         in.second = low + row * inputs;
-        MultiplyTiles<2, TileKind{.first = kSigned, .second = false}>(
-            in, []() FRAMEQUILT_INLINE {});
+        MultiplyTiles<2, TileKind{.first = kSigned, .second = false}>(in,
+                                                                      []() FRAMEQUILT_INLINE {});
       },
       [&](int64_t block, const int32_t* sums) FRAMEQUILT_INLINE {
         const int64_t row = block % row_tiles * kTileSide;
@@ -200,8 +201,9 @@ HWY_INLINE VI WholeSum(const int32_t* sums, int64_t at) {
 }
 
 // PageScores of rows of queries whose bytes are in the scratch.
-inline void AmxScores(const KvPageLayout& layout, const std::byte* head, int64_t first, int64_t rows,
-                      AttentionScratch& s, float* scores, int64_t stride, Ahead ahead) {
+inline void AmxScores(const KvPageLayout& layout, const std::byte* head, int64_t first,
+                      int64_t rows, AttentionScratch& s, float* scores, int64_t stride,
+                      Ahead ahead) {
   const KvPart& part = layout.k;
   const PageParams params = ReadParams(layout, part, head, s.scales.data(), s.zeros.data());
   const int64_t inputs = TiledInputs(part.group);
@@ -211,35 +213,35 @@ inline void AmxScores(const KvPageLayout& layout, const std::byte* head, int64_t
     const int32_t* const zeros = params.zeros + g * kPageTokens;
     const int32_t* const query_sums = s.q_sums.data() + first * part.groups + g;
     const int64_t at = QueryBytes(part, s, g, first);
-    ByteProducts<true>(
-        s.q_high.data() + at, s.q_low.data() + at, inputs, rows, s.words.data(), kPageTokens,
-        kPageTokens, ahead,
-        [&](int64_t row, int64_t count, int64_t column, auto vectors, const int32_t* sums)
-            FRAMEQUILT_INLINE {
-          constexpr int kVectors = decltype(vectors)::value;
-          VF scale[kVectors];
-          VI zero[kVectors];
-          Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
-            scale[v] = hn::Load(DF(), scales + column + v * kLanes);
-            zero[v] = hn::Load(DI(), zeros + column + v * kLanes);
-          });
-          for (int64_t r = 0; r < count; ++r) {
-            const VI of_query = hn::Set(DI(), query_sums[(row + r) * part.groups]);
-            Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
-              float* const score = scores + (row + r) * stride + column + v * kLanes;
-              const VI dot = hn::Sub(WholeSum(sums, r * kSumColumns + v * kLanes),
-                                     hn::Mul(zero[v], of_query));
-              const VF x = hn::ConvertTo(DF(), dot);
-              hn::Store(g == 0 ? hn::Mul(x, scale[v])
-                               : hn::MulAdd(x, scale[v], hn::Load(DF(), score)),
-                        DF(), score);
-            });
-          }
-        });
+    ByteProducts<true>(s.q_high.data() + at, s.q_low.data() + at, inputs, rows, s.words.data(),
+                       kPageTokens, kPageTokens, ahead,
+                       [&](int64_t row, int64_t count, int64_t column, auto vectors,
+                           const int32_t* sums) FRAMEQUILT_INLINE {
+                         constexpr int kVectors = decltype(vectors)::value;
+                         VF scale[kVectors];
+                         VI zero[kVectors];
+                         Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+                           scale[v] = hn::Load(DF(), scales + column + v * kLanes);
+                           zero[v] = hn::Load(DI(), zeros + column + v * kLanes);
+                         });
+                         for (int64_t r = 0; r < count; ++r) {
+                           const VI of_query = hn::Set(DI(), query_sums[(row + r) * part.groups]);
+                           Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+                             float* const score = scores + (row + r) * stride + column + v * kLanes;
+                             const VI dot = hn::Sub(WholeSum(sums, r * kSumColumns + v * kLanes),
+                                                    hn::Mul(zero[v], of_query));
+                             const VF x = hn::ConvertTo(DF(), dot);
+                             hn::Store(g == 0 ? hn::Mul(x, scale[v])
+                                              : hn::MulAdd(x, scale[v], hn::Load(DF(), score)),
+                                       DF(), score);
+                           });
+                         }
+                       });
   }
 }
 
-// Weighted values of the dims of one group, out [rows][stride]: weights as codes are in the scratch.
+// Weighted values of the dims of one group, out [rows][stride]: weights as codes are in the
+// scratch.
 inline void AmxValues(const uint32_t* words, int64_t word_stride, int64_t rows, int64_t columns,
                       const AttentionScratch& s, float* out, int64_t stride, Ahead& ahead) {
   const float* const steps = s.steps.data();
@@ -249,16 +251,16 @@ inline void AmxValues(const uint32_t* words, int64_t word_stride, int64_t rows, 
       ahead,
       [&](int64_t row, int64_t count, int64_t column, auto vectors, const int32_t* sums)
           FRAMEQUILT_INLINE {
-        for (int64_t r = 0; r < count; ++r) {
-          const VI zero_sum = hn::Set(DI(), zero_sums[row + r]);
-          const VF step = hn::Set(DF(), steps[row + r]);
-          Unrolled<decltype(vectors)::value>([&](auto v) FRAMEQUILT_INLINE {
-            float* const c = out + (row + r) * stride + column + v * kLanes;
-            const VI sum = hn::Sub(WholeSum(sums, r * kSumColumns + v * kLanes), zero_sum);
-            hn::Store(hn::MulAdd(hn::ConvertTo(DF(), sum), step, hn::Load(DF(), c)), DF(), c);
+            for (int64_t r = 0; r < count; ++r) {
+              const VI zero_sum = hn::Set(DI(), zero_sums[row + r]);
+              const VF step = hn::Set(DF(), steps[row + r]);
+              Unrolled<decltype(vectors)::value>([&](auto v) FRAMEQUILT_INLINE {
+                float* const c = out + (row + r) * stride + column + v * kLanes;
+                const VI sum = hn::Sub(WholeSum(sums, r * kSumColumns + v * kLanes), zero_sum);
+                hn::Store(hn::MulAdd(hn::ConvertTo(DF(), sum), step, hn::Load(DF(), c)), DF(), c);
+              });
+            }
           });
-        }
-      });
 }
 
 #endif

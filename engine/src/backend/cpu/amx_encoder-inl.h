@@ -83,19 +83,17 @@ struct EncoderTiles {
     std::fill(s.v.data() + (tokens + 3) / 4 * value_stride(),
               s.v.data() + value_tokens / 4 * value_stride(), 0u);
   }
-  // Codes of 4 tokens, [4][out_stride], as [value_tokens / 4][channel_tiles][high, low][16] words.
-  void AddValues(int64_t token, const int16_t* codes) const {
+  // As [value_tokens / 4][channel_tiles][high, low][16] words of 4 tokens.
+  template <class Code>
+  void AddValues(int64_t token, const Code& code) const {
     const DU du;
     uint32_t* to = s.v.data() + token / 4 * value_stride();
-    const hn::Rebind<int16_t, DI> d16;
     for (int64_t d = 0; d < out_stride(); d += kTileSide, to += kSumColumns) {
       VU high = hn::Zero(du), low = high;
       Unrolled<4>([&](auto t) FRAMEQUILT_INLINE {
-        const VU code =
-            hn::BitCast(du, hn::PromoteTo(DI(), hn::Load(d16, codes + t * out_stride() + d)));
-        const VU byte = hn::Set(du, 0xFFu);
-        low = hn::Or(low, hn::ShiftLeft<8 * t>(hn::And(code, byte)));
-        high = hn::Or(high, hn::ShiftLeft<8 * t>(hn::And(hn::ShiftRight<8>(code), byte)));
+        const VU bits = hn::BitCast(du, code(t, d)), byte = hn::Set(du, 0xFFu);
+        low = hn::Or(low, hn::ShiftLeft<8 * t>(hn::And(bits, byte)));
+        high = hn::Or(high, hn::ShiftLeft<8 * t>(hn::And(hn::ShiftRight<8>(bits), byte)));
       });
       hn::Store(high, du, to);
       hn::Store(low, du, to + kTileSide);
@@ -132,8 +130,8 @@ struct EncoderTiles {
           Unrolled<2>([&](auto v) FRAMEQUILT_INLINE {
             const int64_t at = column + v * kLanes;
             const VF scale = hn::Load(df, s.k_scales.data() + at);
-            const auto real = hn::FirstN(df, static_cast<size_t>(std::clamp<int64_t>(
-                                                 tokens - at, 0, kLanes)));
+            const auto real =
+                hn::FirstN(df, static_cast<size_t>(std::clamp<int64_t>(tokens - at, 0, kLanes)));
             const VF lowest = hn::Set(df, -std::numeric_limits<float>::infinity());
             for (int64_t q = 0; q < kQueries; ++q) {
               const VI sum = hn::Load(DI(), sums + q * kSumColumns + v * kLanes);
@@ -194,8 +192,8 @@ struct EncoderTiles {
                 in, []() FRAMEQUILT_INLINE {});
           },
           [&](int64_t block, const int32_t* sums) FRAMEQUILT_INLINE {
-            float* out = s.out.data() + block % 2 * kTileSide * out_stride() +
-                         block / 2 * kTileSide;
+            float* out =
+                s.out.data() + block % 2 * kTileSide * out_stride() + block / 2 * kTileSide;
             const int32_t* const low = sums + kTileSide * kSumColumns;
             for (int64_t q = 0; q < kTileSide; ++q, out += out_stride()) {
               const int64_t at = q * kSumColumns;

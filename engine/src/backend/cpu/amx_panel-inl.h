@@ -1,6 +1,6 @@
-// Linears of many rows with the matrix registers of AMX: a strip of a panel of unpacked weights times
-// 32 rows of inputs, span by span. Panels are those of the other targets, whose words of 4 bytes are
-// rows of a tile. Included once per SIMD target.
+// Linears of many rows with the matrix registers of AMX: a strip of a panel of unpacked weights
+// times 32 rows of inputs, span by span. Panels are those of the other targets, whose words of 4
+// bytes are rows of a tile. Included once per SIMD target.
 #if defined(FRAMEQUILT_CPU_AMX_PANEL_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FRAMEQUILT_CPU_AMX_PANEL_INL_H_
 #undef FRAMEQUILT_CPU_AMX_PANEL_INL_H_
@@ -37,17 +37,17 @@ HWY_INLINE void ForTilesOfRows(int64_t rows, const Run& run) {
     run(begin, std::min(kAmxRows, rows - begin));
 }
 
-// A kind of product says what a strip is (Block), what is multiplied (kTiles), and how the sums of a
-// span are added up: Numbers, LoadNumbers(block, span, vector) and Add(old, sums, numbers, inputs),
-// where `inputs` is the sum of a row's inputs of the span, if the block has such sums.
+// A kind of product says what a strip is (Block), what is multiplied (kTiles), and how the sums of
+// a span are added up: Numbers, LoadNumbers(block, span, vector) and Add(old, sums, numbers,
+// inputs), where `inputs` is the sum of a row's inputs of the span, if the block has such sums.
 
 // The sums of a span on their way to float32. They are added up a few rows at a time, between the
 // products of the next span, so that both kinds of arithmetic units have work.
 template <class Kind, int64_t kSumStride>
 struct SpanSums {
-  const int32_t* at = nullptr;    // [rows][kSumColumns]
-  const float* inputs = nullptr;  // of the rows, input_spans apart
-  float* sums = nullptr;          // [rows][kSumStride]
+  const int32_t* at = nullptr;                // [rows][kSumColumns]
+  const float* inputs = nullptr;              // of the rows, input_spans apart
+  float* sums = nullptr;                      // [rows][kSumStride]
   decltype(hn::FirstN(DF(), size_t{})) kept;  // none of the old sums, or all
   typename Kind::Numbers numbers[2];
 

@@ -32,8 +32,7 @@ struct EncoderAttentionScratch {
   AlignedBuffer<float> rows, k_scales, v_scales;  // codes
   AlignedBuffer<int32_t> k_starts;
   AlignedBuffer<uint32_t> k, v, q, pair;
-  AlignedBuffer<int8_t> codes;      // of a row of queries or keys
-  AlignedBuffer<int16_t> v_codes;   // of some tokens
+  AlignedBuffer<int8_t> codes;  // of a row of queries or keys
   // With AMX: codes of the tile's queries, bytes of its probabilities.
   AlignedBuffer<int8_t> q_codes;
   AlignedBuffer<uint8_t> p_high, p_low;

@@ -1,7 +1,7 @@
 // Encoder attention with 8-bit queries and keys: ops/integer_attention.cc, head by head, a tile of
 // query rows at once. How codes lie in memory, and the products, are the target's: words of vectors
-// (word_encoder-inl.h) or tiles of AMX (amx_encoder-inl.h). Called by the engine thread, runs on the
-// pool.
+// (word_encoder-inl.h) or tiles of AMX (amx_encoder-inl.h). Called by the engine thread, runs on
+// the pool.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -62,7 +62,6 @@ struct Head {
     };
     reserve(s.rows, (tokens + kValueTokens - 1) * stride);
     reserve(s.codes, stride);
-    reserve(s.v_codes, kValueTokens * stride);
     reserve(s.v_scales, stride);
     codes.Reserve();
   }
@@ -131,19 +130,13 @@ struct Head {
       const VF scale = hn::Div(hn::Max(hn::Load(df, scales + d), hn::Set(df, 1e-5f)), most);
       hn::Store(scale, df, scales + d);
     }
-    const hn::Rebind<int16_t, DF> d16;
     codes.StartValues();
     for (int64_t t = 0; t < tokens; t += kValueTokens) {
-      for (int64_t i = 0; i < kValueTokens; ++i) {
+      codes.AddValues(t, [&](int64_t i, int64_t d) FRAMEQUILT_INLINE {
         const float* const row = s.rows.data() + (t + i) * stride;
-        for (int64_t d = 0; d < stride; d += kLanes) {
-          const VF quotient = hn::Div(hn::Load(df, row + d), hn::Load(df, scales + d));
-          const VF code = hn::Min(hn::Max(hn::Round(quotient), hn::Neg(most)), most);
-          hn::Store(hn::DemoteTo(d16, hn::ConvertTo(DI(), code)), d16,
-                    s.v_codes.data() + i * stride + d);
-        }
-      }
-      codes.AddValues(t, s.v_codes.data());
+        const VF quotient = hn::Div(hn::Load(df, row + d), hn::Load(df, scales + d));
+        return hn::ConvertTo(DI(), hn::Min(hn::Max(hn::Round(quotient), hn::Neg(most)), most));
+      });
     }
     return true;
   }
@@ -154,10 +147,12 @@ struct Head {
   // the last one repeat it, and nobody uses them.
   void ReadQueries(int64_t row, int64_t rows, float* factors) const {
     float* const padded = s.rows.data();
+    float sum = 0, scale = 0;
     for (int64_t r = 0; r < kTileQueries; ++r) {
-      Load(args.q, row + std::min(r, rows - 1), padded);
-      float sum = 0, scale = 0;
-      Quantize(padded, &sum, &scale);
+      if (r < rows) {
+        Load(args.q, row + r, padded);
+        Quantize(padded, &sum, &scale);
+      }
       factors[r] = scale * args.scale * Constants::kLog2E;
       codes.AddQuery(r, s.codes.data());
     }

@@ -28,8 +28,8 @@ inline namespace FRAMEQUILT_DOT_NAMESPACE {
 // At most so many rows take the weights through registers.
 constexpr int64_t kIntegerStreamRows = 8;
 
-// Rows behind the last one, and codes behind those, that products may read and nobody uses: tiles of
-// AMX have 16 rows of 64 bytes.
+// Rows behind the last one, and codes behind those, that products may read and nobody uses: tiles
+// of AMX have 16 rows of 64 bytes.
 constexpr size_t kSpareRows = FRAMEQUILT_HAVE_AMX ? 31 : 0;
 constexpr size_t kSpareCodes = FRAMEQUILT_HAVE_AMX ? 64 : 0;
 

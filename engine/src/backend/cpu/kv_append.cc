@@ -13,7 +13,7 @@
 #define HWY_TARGET_INCLUDE "src/backend/cpu/kv_append.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
-#include "src/backend/cpu/math-inl.h"
+#include "src/backend/cpu/gemm-inl.h"
 #include "src/backend/cpu/targets.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -59,14 +59,10 @@ HWY_INLINE void QuantizeHead(const KvPart& part, bool scale32, std::byte* head, 
   for (int g = 0; g < part.groups; ++g) {
     const int begin = g * part.group, end = begin + part.group;
     const AffineParams params = GroupParams(x + begin, part.group, part.bits, scale32);
-    const RoundedQuotient quotient(params.scale, qmax + 1.0f);
-    const VF zero = hn::Set(df, params.zero);
-    // Codes end before; the scale of a range that is too wide for a half is less than its share.
-    const VF most = hn::Set(df, 1024.0f * params.scale), least = hn::Neg(most);
+    const VF scale = hn::Set(df, params.scale), zero = hn::Set(df, params.zero);
     int i = begin;
     for (; i + kLanes <= end; i += kLanes) {
-      const VF inside_range = hn::Min(hn::Max(hn::LoadU(df, x + i), least), most);
-      const VF code = hn::Add(hn::ConvertTo(df, quotient(inside_range)), zero);
+      const VF code = hn::Add(hn::Round(hn::Div(hn::LoadU(df, x + i), scale)), zero);
       const VF inside = hn::Min(hn::Max(code, hn::Zero(df)), hn::Set(df, qmax));
       hn::StoreU(hn::DemoteTo(d8, hn::ConvertTo(di, inside)), d8, codes + i);
     }

@@ -271,8 +271,8 @@ constexpr std::array<PairMicroFn, sizeof...(kI)> MakePairMicros(std::integer_seq
 }
 constexpr auto kPairMicros =
     MakePairMicros(std::make_integer_sequence<int, kPairMicroRows - kPairLeastRows + 1>());
-static_assert(FRAMEQUILT_HAVE_AMX || (kPairStreamRows + 1 >= kPairLeastRows &&
-                                      kPairMicroRows + 1 >= 2 * kPairLeastRows));
+static_assert(FRAMEQUILT_HAVE_AMX ||
+              (kPairStreamRows + 1 >= kPairLeastRows && kPairMicroRows + 1 >= 2 * kPairLeastRows));
 
 #if FRAMEQUILT_HAVE_AMX
 struct PairTiles {

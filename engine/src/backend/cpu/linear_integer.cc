@@ -215,7 +215,8 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
 #if FRAMEQUILT_HAVE_AMX
   // The rest of the last tile: inputs that are multiplied with it are anything.
   const int64_t tile = BytesOfTile(span);
-  for (int64_t i = end; i % tile != 0; i += 4, to += kIntegerColumns) hn::Store(hn::Zero(DU()), DU(), to);
+  for (int64_t i = end; i % tile != 0; i += 4, to += kIntegerColumns)
+    hn::Store(hn::Zero(DU()), DU(), to);
 #endif
 #if !FRAMEQUILT_DIRECT_DOT
   if constexpr (kCentered) {
@@ -233,8 +234,7 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
 }
 
 HWY_NOINLINE void FinishScaledRows(const ops::LinearArgs& args, const Inputs& inputs, int64_t row,
-                                   int64_t rows, int64_t column, int64_t count,
-                                   const float* sums) {
+                                   int64_t rows, int64_t column, int64_t count, const float* sums) {
   FinishRowsOf(args, row, rows, column, count, [&](int64_t r, int64_t i) FRAMEQUILT_INLINE {
     const VF sum = hn::Load(DF(), sums + r * kIntegerSumStride + i);
     return ScaledSum(args, inputs, row + r, column + i, sum);
@@ -304,8 +304,8 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
 
 template <int kBits>
 void IntegerPanels(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool& pool) {
-  PanelPieces(args, pool, kIntegerLeastRowsOfThread, kIntegerRowBlock, kIntegerGroupColumns, kIntegerColumns,
-              [&](const PanelPiece& piece) {
+  PanelPieces(args, pool, kIntegerLeastRowsOfThread, kIntegerRowBlock, kIntegerGroupColumns,
+              kIntegerColumns, [&](const PanelPiece& piece) {
                 constexpr bool kPairs = !FRAMEQUILT_DIRECT_DOT;
                 if (kPairs && inputs.minus_zeros != nullptr) {
                   IntegerItem<kBits, kPairs>(piece, inputs);

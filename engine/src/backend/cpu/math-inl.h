@@ -75,8 +75,8 @@ class RoundedQuotient {
   RoundedQuotient(float divisor, float most)
       : divisor_(hn::Set(DF(), divisor)),
         // The inverse of a larger divisor is not a normal number: NaN then, and always a division.
-        inverse_(hn::Set(DF(), divisor < 1e37f ? 1.0f / divisor
-                                               : std::numeric_limits<float>::quiet_NaN())),
+        inverse_(hn::Set(
+            DF(), divisor < 1e37f ? 1.0f / divisor : std::numeric_limits<float>::quiet_NaN())),
         // Three roundings, of 2^-24 each, lie between the two quotients.
         sure_(hn::Set(DF(), 0.5f - (most + 1.0f) * 0x1p-22f)) {}
 

@@ -240,8 +240,8 @@ struct PanelPiece {
 constexpr int64_t kWorthUnpacking = 128;  // rows of a thread
 
 // Calls run(piece) for all rows and columns of all linears of a call: many rows. A thread keeps to
-// its rows as long as there are `least_rows` of them: other ops share rows in the same way, and what one
-// has written is then in the cache of the core that reads it.
+// its rows as long as there are `least_rows` of them: other ops share rows in the same way, and
+// what one has written is then in the cache of the core that reads it.
 template <class Run>
 void PanelPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t least_rows,
                  int64_t most_rows, int64_t most_columns, int64_t least_columns, const Run& run) {

@@ -52,7 +52,8 @@ bool may_use_amx() {
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
   if ((edx & (kBf16 | kTile | kInt8)) != (kBf16 | kTile | kInt8)) return false;
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, of Linux 5.16 and later
+  constexpr int kRequestPermission = 0x1023,
+                kTileData = 18;  // asm/prctl.h, of Linux 5.16 and later
   static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return allowed;
 }

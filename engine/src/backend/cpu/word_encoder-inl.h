@@ -1,8 +1,8 @@
 // Encoder attention with 8-bit queries and keys, in words of vectors: the two products of
 // ops/integer_attention.cc and the softmax between them, for a tile of query rows at a time. A
-// vector holds the same thing of kLanes queries (scores of one token, one channel of the output), so
-// that the softmax needs no sum or maximum across lanes and no head dimension wastes lanes; tokens
-// and channels are broadcast. Included once per SIMD target.
+// vector holds the same thing of kLanes queries (scores of one token, one channel of the output),
+// so that the softmax needs no sum or maximum across lanes and no head dimension wastes lanes;
+// tokens and channels are broadcast. Included once per SIMD target.
 #if defined(FRAMEQUILT_CPU_WORD_ENCODER_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FRAMEQUILT_CPU_WORD_ENCODER_INL_H_
 #undef FRAMEQUILT_CPU_WORD_ENCODER_INL_H_
@@ -70,16 +70,15 @@ struct EncoderWords {
   }
 
   void StartValues() const {}
-  // Codes of 4 tokens, [4][stride], 0 behind the last one. Blocks of channels lie one behind the
-  // other, as the kernel walks them: [pairs][channels of the block], a word has two tokens.
-  void AddValues(int64_t token, const int16_t* codes) const {
-    const hn::Rebind<int16_t, DF> d16;
-    const auto code = [&](const int16_t* at) FRAMEQUILT_INLINE {
-      return hn::BitCast(DU(), hn::PromoteTo(DI(), hn::Load(d16, at)));
-    };
-    for (int64_t p = token / 2; p < std::min(token / 2 + 2, pairs); ++p, codes += 2 * stride) {
+  // Of 4 tokens, with 0 behind the last one: code(i, d) is the vector of codes of token `token` + i
+  // from channel d on. Blocks of channels lie one behind the other, as the kernel walks them:
+  // [pairs][channels of the block], a word has two tokens.
+  template <class Code>
+  void AddValues(int64_t token, const Code& code) const {
+    for (int64_t t = 0; t < 4 && token / 2 + t / 2 < pairs; t += 2) {
+      const int64_t p = (token + t) / 2;
       for (int64_t d = 0; d < stride; d += kLanes) {
-        const VU first = code(codes + d), second = code(codes + stride + d);
+        const VU first = hn::BitCast(DU(), code(t, d)), second = hn::BitCast(DU(), code(t + 1, d));
         hn::Store(hn::Or(hn::And(first, hn::Set(DU(), 0xFFFFu)), hn::ShiftLeft<16>(second)), DU(),
                   s.pair.data() + d);
       }
