@@ -278,6 +278,11 @@ def test_the_projector_stage_makes_the_rows_of_a_prompt(tiny_run: dict[str, Any]
             True,
         ),
         ("model name\t: EPYC\nflags\t: sse2 avx2\n", "EPYC (avx2)", False),
+        (
+            "model name\t: Xeon\nflags\t: avx512_bf16 amx_bf16 amx_tile amx_int8\n",
+            "Xeon (avx512_bf16, amx_int8, amx_bf16)",
+            True,
+        ),
         ("Features\t: fp asimd asimddp i8mm bf16\n", "(asimd, asimddp, i8mm, bf16)", True),
     ],
 )

@@ -21,8 +21,9 @@ namespace HWY_NAMESPACE {
 #if FRAMEQUILT_AMX && HWY_TARGET == HWY_AVX3_DL
 #define FRAMEQUILT_HAVE_AMX 1
 
-constexpr int64_t kTileSide = 16;   // rows of a tile, and words of 4 bytes of a row
-constexpr int64_t kTileBytes = 64;  // of a row
+constexpr int64_t kTileSide = 16;            // rows of a tile, and words of 4 bytes of a row
+constexpr int64_t kTileBytes = 64;           // of a row
+constexpr int64_t kAmxRows = 2 * kTileSide;  // that are multiplied at once
 
 // Tiles 0 to 3 are sums, 4 and 5 inputs (rows of `input_bytes`, at most 64), 6 and 7 weights (a row
 // is a word of 4 bytes for each of 16 columns). The tiles of a thread are set up for as long as
@@ -174,8 +175,13 @@ constexpr int64_t TiledInputs(int64_t inputs) {
   return (inputs + kTileBytes - 1) / kTileBytes * kTileBytes;
 }
 
+// What products read and write, and nobody uses: rows behind the last one, bytes behind those.
+constexpr size_t kSpareRows = kAmxRows - 1;
+constexpr size_t kSpareBytes = kTileBytes;
+
 #else
 #define FRAMEQUILT_HAVE_AMX 0
+constexpr size_t kSpareRows = 0, kSpareBytes = 0;
 #endif
 
 }  // namespace HWY_NAMESPACE

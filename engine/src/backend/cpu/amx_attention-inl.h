@@ -15,6 +15,7 @@
 #include "hwy/highway.h"
 #include "src/backend/cpu/amx-inl.h"
 #include "src/backend/cpu/attention_scratch.h"
+#include "src/backend/cpu/code_products-inl.h"
 #include "src/backend/cpu/pages-inl.h"
 
 #if HWY_ARCH_X86
@@ -240,27 +241,40 @@ inline void AmxScores(const KvPageLayout& layout, const std::byte* head, int64_t
   }
 }
 
-// Weighted values of the dims of one group, out [rows][stride]: weights as codes are in the
-// scratch.
-inline void AmxValues(const uint32_t* words, int64_t word_stride, int64_t rows, int64_t columns,
-                      const AttentionScratch& s, float* out, int64_t stride, Ahead& ahead) {
+// PageValues of rows of probabilities [rows][64].
+inline void AmxValues(const KvPageLayout& layout, const std::byte* head, const float* p,
+                      int64_t rows, int64_t tokens, AttentionScratch& s, float* out,
+                      int64_t out_stride, Ahead ahead) {
+  const KvPart& part = layout.v;
+  const PageParams params = ReadParams(layout, part, head, s.scales.data(), s.zeros.data());
+  const int64_t columns = TiledInputs(part.columns);
+  ReadBytes(part, head, 0, RoundUp(tokens, 4), part.columns, columns, s.words.data(), ahead);
   const float* const steps = s.steps.data();
   const int32_t* const zero_sums = s.zero_sums.data();
-  ByteProducts<false>(
-      s.weight_high.data(), s.weight_low.data(), kPageTokens, rows, words, word_stride, columns,
-      ahead,
-      [&](int64_t row, int64_t count, int64_t column, auto vectors, const int32_t* sums)
-          FRAMEQUILT_INLINE {
-            for (int64_t r = 0; r < count; ++r) {
-              const VI zero_sum = hn::Set(DI(), zero_sums[row + r]);
-              const VF step = hn::Set(DF(), steps[row + r]);
-              Unrolled<decltype(vectors)::value>([&](auto v) FRAMEQUILT_INLINE {
-                float* const c = out + (row + r) * stride + column + v * kLanes;
-                const VI sum = hn::Sub(WholeSum(sums, r * kSumColumns + v * kLanes), zero_sum);
-                hn::Store(hn::MulAdd(hn::ConvertTo(DF(), sum), step, hn::Load(DF(), c)), DF(), c);
-              });
-            }
-          });
+  for (int64_t g = 0; g < part.groups; ++g) {
+    WeightsOfRows(p, rows, params, g, tokens, s);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * kPageTokens;
+      SplitCodes(s.weight_codes.data() + at, kPageTokens, s.weight_high.data() + at,
+                 s.weight_low.data() + at);
+    }
+    float* const group_out = out + g * part.group;
+    ByteProducts<false>(
+        s.weight_high.data(), s.weight_low.data(), kPageTokens, rows,
+        s.words.data() + g * part.group, columns, RoundUp(part.group, kLanes), ahead,
+        [&](int64_t row, int64_t count, int64_t column, auto vectors, const int32_t* sums)
+            FRAMEQUILT_INLINE {
+              for (int64_t r = 0; r < count; ++r) {
+                const VI zero_sum = hn::Set(DI(), zero_sums[row + r]);
+                const VF step = hn::Set(DF(), steps[row + r]);
+                Unrolled<decltype(vectors)::value>([&](auto v) FRAMEQUILT_INLINE {
+                  float* const c = group_out + (row + r) * out_stride + column + v * kLanes;
+                  const VI sum = hn::Sub(WholeSum(sums, r * kSumColumns + v * kLanes), zero_sum);
+                  hn::Store(hn::MulAdd(hn::ConvertTo(DF(), sum), step, hn::Load(DF(), c)), DF(), c);
+                });
+              }
+            });
+  }
 }
 
 #endif

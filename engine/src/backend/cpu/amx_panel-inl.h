@@ -22,8 +22,6 @@ namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
 #if FRAMEQUILT_HAVE_AMX
 
-constexpr int64_t kAmxRows = 2 * kTileSide;  // of two tiles of inputs
-
 // Bytes of a row of a tile: whole tiles make a span, or all of a shorter one. Only the last span of
 // a row may end within a tile; its weights are 0 there.
 constexpr int64_t BytesOfTile(int64_t span_bytes) {
@@ -61,10 +59,11 @@ struct SpanSums {
   template <int kRows>
   HWY_INLINE void Add(int64_t input_spans) {
     Unrolled<kRows>([&](auto) FRAMEQUILT_INLINE {
+      const auto of_row = Kind::LoadInputs(inputs);
       Unrolled<2>([&](auto v) FRAMEQUILT_INLINE {
         float* const sum = sums + v * kLanes;
         const VF old = hn::MaskedLoad(kept, DF(), sum);
-        hn::Store(Kind::Add(old, at + v * kLanes, numbers[v], inputs), DF(), sum);
+        hn::Store(Kind::Add(old, at + v * kLanes, numbers[v], of_row), DF(), sum);
       });
       at += kSumColumns;
       inputs += input_spans;

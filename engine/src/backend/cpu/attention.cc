@@ -122,16 +122,13 @@ void PageValues(const KvPageLayout& layout, bool exact, const std::byte* head, c
   const KvPart& part = layout.v;
   if (part.has_codes() && exact)
     return ExactValues(layout, head, p, rows, tokens, s, out, out_stride);
+#if FRAMEQUILT_HAVE_AMX
+  if (part.has_codes() && rows >= kAmxLeastRows)
+    return AmxValues(layout, head, p, rows, tokens, s, out, out_stride, ahead);
+#endif
   if (part.has_codes()) {
     const PageParams params = ReadParams(layout, part, head, s.scales.data(), s.zeros.data());
-#if FRAMEQUILT_HAVE_AMX
-    const bool tiles = rows >= kAmxLeastRows;
-    const int64_t columns = RoundUp(part.columns, kByteColumns);
-    if (tiles) {
-      ReadBytes(part, head, 0, RoundUp(tokens, 4), part.columns, columns, s.words.data(), ahead);
-    } else
-#endif
-      ReadWords(part, head, tokens, out_stride, out_stride, s.words.data(), ahead);
+    ReadWords(part, head, tokens, out_stride, out_stride, s.words.data(), ahead);
     CodeValues x;
     x.products.a = reinterpret_cast<const uint32_t*>(s.weight_codes.data());
     x.products.a_row = kPageTokens / 2;
@@ -143,24 +140,8 @@ void PageValues(const KvPageLayout& layout, bool exact, const std::byte* head, c
     x.c_stride = out_stride;
     x.ahead = ahead;
     for (int64_t g = 0; g < part.groups; ++g) {
-      const int64_t at = g * kPageTokens, begin = g * part.group;
-      for (int64_t r = 0; r < rows; ++r) {
-        const size_t row = static_cast<size_t>(r);
-        s.steps[row] = WeightCodes(p + r * kBlock, params.scales + at, params.zeros + at, tokens,
-                                   s.weight_codes.data() + r * kPageTokens, &s.zero_sums[row]);
-      }
-#if FRAMEQUILT_HAVE_AMX
-      if (tiles) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t of_row = r * kPageTokens;
-          SplitCodes(s.weight_codes.data() + of_row, kPageTokens, s.weight_high.data() + of_row,
-                     s.weight_low.data() + of_row);
-        }
-        AmxValues(s.words.data() + begin, columns, rows, RoundUp(part.group, kLanes), s,
-                  out + begin, out_stride, ahead);
-        continue;
-      }
-#endif
+      const int64_t begin = g * part.group;
+      WeightsOfRows(p, rows, params, g, tokens, s);
       x.products.b = s.words.data() + begin;
       x.c = out + begin;
       CodeProducts(x, rows, RoundUp(part.group, kLanes));

@@ -211,9 +211,6 @@ struct RoundedScratch {
 
 inline namespace FRAMEQUILT_DOT_NAMESPACE {
 
-// As for integer products (integer_inputs-inl.h).
-constexpr size_t kSpareRoundedRows = FRAMEQUILT_HAVE_AMX ? 31 : 0;
-
 // Inputs of weights that are read up to a multiple of kHalfInputs. Scratch belongs to the engine
 // thread and is kept.
 template <bool kInOrder>
@@ -228,11 +225,11 @@ RoundedInputs RoundInputs(const ops::LinearArgs& args, ThreadPool& pool, int64_t
   inputs.span = span;
   inputs.spans = (w.in + span - 1) / span;
   const size_t rows = static_cast<size_t>(args.rows);
-  scratch.values.reserve((rows + kSpareRoundedRows) * static_cast<size_t>(inputs.stride));
+  scratch.values.reserve((rows + kSpareRows) * static_cast<size_t>(inputs.stride));
   inputs.values = scratch.values.data();
   const bool need_sums = w.offsets != nullptr;
   if (need_sums) {
-    scratch.sums.reserve((rows + kSpareRoundedRows) * static_cast<size_t>(inputs.spans));
+    scratch.sums.reserve((rows + kSpareRows) * static_cast<size_t>(inputs.spans));
     inputs.sums = scratch.sums.data();
   }
   const auto round = [&](int64_t begin, int64_t end) {

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "hwy/highway.h"
+#include "src/backend/cpu/attention_scratch.h"
 #include "src/backend/cpu/math-inl.h"
 #include "src/backend/cpu/pages-inl.h"
 #include "src/ops/kv_codes.h"
@@ -106,6 +107,17 @@ HWY_INLINE float WeightCodes(const float* p, const float* scales, const int32_t*
   });
   *zero_sum = hn::GetLane(hn::SumOfLanes(di, sum));
   return s.step;
+}
+
+// Those of all rows of probabilities [rows][64], for the dims of one group, in the scratch.
+inline void WeightsOfRows(const float* p, int64_t rows, const PageParams& params, int64_t group,
+                          int64_t tokens, AttentionScratch& s) {
+  const int64_t at = group * kPageTokens;
+  for (int64_t r = 0; r < rows; ++r) {
+    const size_t row = static_cast<size_t>(r);
+    s.steps[row] = WeightCodes(p + r * kPageTokens, params.scales + at, params.zeros + at, tokens,
+                               s.weight_codes.data() + r * kPageTokens, &s.zero_sums[row]);
+  }
 }
 
 // --- Products ----------------------------------------------------------------------------------

@@ -28,11 +28,6 @@ inline namespace FRAMEQUILT_DOT_NAMESPACE {
 // At most so many rows take the weights through registers.
 constexpr int64_t kIntegerStreamRows = 8;
 
-// Rows behind the last one, and codes behind those, that products may read and nobody uses: tiles
-// of AMX have 16 rows of 64 bytes.
-constexpr size_t kSpareRows = FRAMEQUILT_HAVE_AMX ? 31 : 0;
-constexpr size_t kSpareCodes = FRAMEQUILT_HAVE_AMX ? 64 : 0;
-
 // The quantized rows of one call: what every output needs.
 struct Inputs {
   const int8_t* codes = nullptr;  // [rows, stride], zero from `in` to the padded width
@@ -249,7 +244,7 @@ Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
   inputs.block = std::min(inputs.span, kPairBlock);
   inputs.blocks = (w.in + inputs.block - 1) / inputs.block;
   const size_t rows = static_cast<size_t>(args.rows);
-  scratch.codes.reserve((rows + kSpareRows) * static_cast<size_t>(inputs.stride) + kSpareCodes);
+  scratch.codes.reserve((rows + kSpareRows) * static_cast<size_t>(inputs.stride) + kSpareBytes);
   scratch.sums.reserve((rows + kSpareRows) * static_cast<size_t>(inputs.spans));
   scratch.scales.reserve(rows);
   scratch.zeros.reserve(rows);

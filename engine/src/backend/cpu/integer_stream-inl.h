@@ -34,9 +34,12 @@ HWY_INLINE SpanNumbers LoadSpan(const LinearWeights& w, int64_t unit, int64_t gr
   return n;
 }
 
-HWY_INLINE VF AddSpan(VF sum, VI products, SpanNumbers n, float inputs) {
+HWY_INLINE VF AddSpan(VF sum, VI products, SpanNumbers n, VF inputs) {
   sum = hn::MulAdd(n.scale, hn::ConvertTo(DF(), products), sum);
-  return hn::MulAdd(n.shift, hn::Set(DF(), inputs), sum);
+  return hn::MulAdd(n.shift, inputs, sum);
+}
+HWY_INLINE VF AddSpan(VF sum, VI products, SpanNumbers n, float inputs) {
+  return AddSpan(sum, products, n, hn::Set(DF(), inputs));
 }
 
 // The sum of a vector of columns, of inputs that are code minus zero times scale.

@@ -200,7 +200,7 @@ inline PairScratch& ThreadPairScratch() {
   static thread_local PairScratch scratch;
   scratch.panel.reserve(kPairInputs / 2 * kPairColumns);
   scratch.numbers.reserve(kPairInputs / kHalfInputs * 2 * kPairColumns);
-  scratch.sums.reserve((kPairRowBlock + kSpareRoundedRows) * kPairSumStride);
+  scratch.sums.reserve((kPairRowBlock + kSpareRows) * kPairSumStride);
   return scratch;
 }
 
@@ -283,6 +283,7 @@ struct PairTiles {
     const float* const numbers = b.numbers + span * 2 * kPairColumns + v * kLanes;
     return {hn::Load(DF(), numbers), hn::Load(DF(), numbers + kPairColumns)};
   }
+  static HWY_INLINE const float* LoadInputs(const float* inputs) { return inputs; }
   static HWY_INLINE VF Add(VF old, const int32_t* sums, const Numbers& n, const float* inputs) {
     return AddSpan(old, hn::BitCast(DF(), hn::Load(DI(), sums)), n, inputs);
   }

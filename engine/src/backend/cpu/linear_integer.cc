@@ -40,6 +40,8 @@ constexpr int64_t kIntegerPanelColumns = kIntegerStrips * kIntegerColumns;
 constexpr int64_t kIntegerInputs = quant::kIntegerSpan;  // inputs of a panel: whole spans
 constexpr int64_t kStripWords = kIntegerInputs / 4 * 2 * kIntegerColumns;
 constexpr int64_t kStripNumbers = kIntegerInputs / kHalfInputs * 2 * kIntegerColumns;
+// Rows of a thread: matrix registers make unpacking a larger share, so threads share columns
+// longer.
 constexpr int64_t kIntegerLeastRowsOfThread = FRAMEQUILT_HAVE_AMX ? 1024 : kWorthUnpacking;
 constexpr int64_t kIntegerRowBlock = kManyRegisters ? 512 : 256;  // rows of one item of work
 
@@ -118,8 +120,14 @@ struct IntegerTiles {
     const float* const numbers = b.numbers + span * 2 * kIntegerColumns + v * kLanes;
     return {hn::Load(DF(), numbers), hn::Load(DF(), numbers + kIntegerColumns)};
   }
-  static HWY_INLINE VF Add(VF old, const int32_t* sums, const Numbers& n, const float* inputs) {
-    return AddSpan(old, hn::Load(DI(), sums), n, *inputs);
+  // Once for both vectors: the compiler would read it for each of them.
+  static HWY_INLINE VF LoadInputs(const float* inputs) {
+    VF v = hn::Set(DF(), *inputs);
+    __asm__("" : "+v"(v.raw));
+    return v;
+  }
+  static HWY_INLINE VF Add(VF old, const int32_t* sums, const Numbers& n, VF inputs) {
+    return AddSpan(old, hn::Load(DI(), sums), n, inputs);
   }
 };
 

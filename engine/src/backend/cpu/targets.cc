@@ -50,16 +50,14 @@ auto avx2_vnni() -> void (*)(Kernels&) {
 bool may_use_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
-  if ((edx & (kBf16 | kTile | kInt8)) != (kBf16 | kTile | kInt8)) return false;
-  constexpr int kRequestPermission = 0x1023,
-                kTileData = 18;  // asm/prctl.h, of Linux 5.16 and later
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // AMX_BF16, AMX_TILE, AMX_INT8
+  if ((edx & kNeeded) != kNeeded || !__builtin_cpu_supports("avx512bf16")) return false;
+  // asm/prctl.h of Linux 5.16 and later.
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
   static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return allowed;
 }
-#endif
 
-#if FRAMEQUILT_HAVE_AMX_FILES
 void fill_amx_kernels(Kernels& kernels) {
   fill_amx_linear_kernels(kernels);
   fill_amx_bf16_linear_kernels(kernels);
