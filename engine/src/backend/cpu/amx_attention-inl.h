@@ -127,7 +127,8 @@ HWY_INLINE void SplitCodes(const int16_t* codes, int64_t count, uint8_t* high, u
 // Room for the bytes of `rows` rows of a tile and for the words of a page, with what products read
 // beside them.
 inline void ReserveBytes(const KvPageLayout& layout, int64_t rows, AttentionScratch& s) {
-  const int64_t spare = rows + kTileSide, inputs = TiledInputs(layout.k.group);
+  s.q_rows = std::max(s.q_rows, rows);
+  const int64_t spare = s.q_rows + kTileSide, inputs = TiledInputs(layout.k.group);
   const auto reserve = [](auto& buffer, int64_t count) {
     buffer.reserve(static_cast<size_t>(count));
   };

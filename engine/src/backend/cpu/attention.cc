@@ -184,9 +184,6 @@ void Reserve(AttentionScratch& s, const KvPageLayout& layout, bool exact, int64_
   if (layout.k.has_codes() && !exact) {
     reserve(s.q_codes, rows * 2 * QueryWords(layout.k));
     reserve(s.q_sums, rows * layout.k.groups);
-#if FRAMEQUILT_HAVE_AMX
-    s.q_rows = std::max(s.q_rows, rows);
-#endif
   } else {
     reserve(s.q, rows * dims);
     reserve(s.k, dims * kBlock);
@@ -199,7 +196,7 @@ void Reserve(AttentionScratch& s, const KvPageLayout& layout, bool exact, int64_
     reserve(s.v, kBlock * stride);
   }
 #if FRAMEQUILT_HAVE_AMX
-  if (!exact) ReserveBytes(layout, s.q_rows, s);
+  if (!exact) ReserveBytes(layout, rows, s);
 #endif
 }
 
