@@ -164,7 +164,8 @@ TEST_P(AttentionKernels, EqualTheReferenceAroundPageBorders) {
       args.out = want.data();
       ops::attention_reference(args);
       args.out = got.data();
-      (*backend_->attention(cache.layout))({&args, 1}, pool_);
+      const AttentionFn kernel = *backend_->attention(cache.layout);
+      on_new_thread([&] { kernel({&args, 1}, pool_); });
       const double most_score = scale() * shape().head_dim * most_of(q) * most_of(cache.k);
       expect_equal(got, want, most_score, most_of(cache.v));
       if (HasFailure()) return;
@@ -245,7 +246,8 @@ TEST_P(AttentionKernels, ThreadsShareTheChunksOfASequenceWithoutAChange) {
     near.begin = 4;
     near.kv = other.view();
     const ops::AttentionArgs both[] = {near, args};
-    kernel(neighbour ? std::span(both) : std::span<const ops::AttentionArgs>(&args, 1), pool);
+    const std::span<const ops::AttentionArgs> one(&args, 1);
+    on_new_thread([&] { kernel(neighbour ? std::span(both) : one, pool); });
     return out;
   };
   const std::vector<float> alone = run(1, 0, rows, false);
@@ -278,7 +280,8 @@ TEST_P(AttentionKernels, ImportanceEqualsTheReference) {
         args.out = want.data();
         ops::importance_reference(args);
         args.out = got.data();
-        (*backend_->importance(cache.layout))(args, pool_);
+        const ImportanceFn kernel = *backend_->importance(cache.layout);
+        on_new_thread([&] { kernel(args, pool_); });
         const double most_score = scale() * shape().head_dim * most_of(q) * most_of(cache.k);
         expect_equal(got, want, most_score, 1.0);
         double sum = 0;
@@ -298,7 +301,7 @@ TEST_P(AttentionKernels, AppendWritesTheBytesOfTheReference) {
     const KvAppendFn kernel = *backend_->kv_append(cache.layout);
     int64_t done = 0;  // in uneven pieces, as chunks come
     for (int64_t count = 1; done < length; count = std::min(2 * count + 1, length - done)) {
-      kernel(cache.append_args(done, count), pool_);
+      on_new_thread([&] { kernel(cache.append_args(done, count), pool_); });
       done += count;
     }
     for (size_t page = 0; page < want.size(); ++page) {
@@ -332,7 +335,8 @@ TEST_P(AttentionKernels, EncoderAttentionEqualsTheReference) {
                                    .scale = scale()};
     ops::encoder_attention_reference(args);
     args.out = got.data();
-    (*backend_->encoder_attention(shape().head_dim, {}))(args, pool_);
+    const EncoderAttentionFn kernel = *backend_->encoder_attention(shape().head_dim, {});
+    on_new_thread([&] { kernel(args, pool_); });
     expect_equal(got, want, scale() * shape().head_dim * most_of(q) * most_of(k), most_of(v));
   }
 }
@@ -358,7 +362,8 @@ TEST_P(AttentionKernels, IntegerEncoderAttentionEqualsTheReferenceBitForBit) {
                                    .scale = scale()};
     ops::integer_encoder_attention_reference(args);
     args.out = got.data();
-    (*backend_->encoder_attention(shape().head_dim, {.bits = 8}))(args, pool_);
+    const EncoderAttentionFn kernel = *backend_->encoder_attention(shape().head_dim, {.bits = 8});
+    on_new_thread([&] { kernel(args, pool_); });
     expect_codes_equal(got, want);
   }
 }
@@ -384,7 +389,8 @@ TEST_P(AttentionKernels, IntegerEncoderAttentionKeepsWhatIsNotFiniteInItsPlace) 
                                    .scale = scale()};
     ops::integer_encoder_attention_reference(args);
     args.out = got.data();
-    (*backend_->encoder_attention(shape().head_dim, {.bits = 8}))(args, pool_);
+    const EncoderAttentionFn kernel = *backend_->encoder_attention(shape().head_dim, {.bits = 8});
+    on_new_thread([&] { kernel(args, pool_); });
     for (size_t i = 0; i < size; ++i)
       ASSERT_EQ(std::isnan(got[i]), std::isnan(want[i])) << where << " element " << i;
   }

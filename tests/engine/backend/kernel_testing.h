@@ -9,6 +9,8 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "src/backend/backend.h"
@@ -33,6 +35,13 @@ inline std::vector<std::string> simd_target_names() {
   std::vector<std::string> names = cpu_targets();
   std::erase(names, "scalar");
   return names;
+}
+
+// Kernels keep their memory for the next call of the same thread. A call from a thread of its own
+// finds no room that another test has made: what it needs, it has to reserve.
+template <class Call>
+void on_new_thread(Call&& call) {
+  std::thread(std::forward<Call>(call)).join();
 }
 
 // Normal values with some zeros, tiny values (subnormal products) and outliers.

@@ -87,7 +87,7 @@ struct Problem {
     ops::LinearArgs a = args;
     a.y = values.data();
     ThreadPool pool(threads);
-    kernel(a, pool);
+    on_new_thread([&] { kernel(a, pool); });
     return values;
   }
 
