@@ -103,7 +103,16 @@ def test_the_tower_and_the_rows_of_a_video_equal_transformers(tmp_path: Path) ->
             [ours] = projected(checkpoint, samples, store)
             assert ours.shape == rows.shape
             assert float((ours - rows).abs().max()) <= SLACK * noise[1]
-            prompt = prompt_rows(checkpoint, samples, [ours], tmp_path / "rows", 1 << 20).get(0)[0]
+            plain = prompt_rows(checkpoint, samples, [ours], tmp_path / "rows", 1 << 20)
+            weighted = prompt_rows(
+                checkpoint, samples, [ours], tmp_path / "rows", 1 << 20, media_weight=0.25
+            )
+        prompt = plain.get(0)[0]
+        assert torch.equal(weighted.get(0)[0], prompt)
+        expected = [1.0] * 2 + [0.25] * len(ours) + [1.0] * (len(IDS) - 2)
+        counts = weighted.weights_of(0)
+        assert counts is not None and counts.tolist() == expected
+        assert plain.weights_of(0) is None
         assert torch.equal(prompt[2 : 2 + len(ours)], ours)
         assert torch.equal(prompt[:2], checkpoint.lookup(np.array(IDS[:2])))
         assert torch.equal(prompt[2 + len(ours) :], checkpoint.lookup(np.array(IDS[2:])))

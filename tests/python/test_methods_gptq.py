@@ -86,6 +86,16 @@ def test_codes_equal_the_definition(name: str, act_order: bool, block: int) -> N
     assert np.array_equal(dequantize(solved.quantized), solved.values.numpy())
 
 
+def test_moments_of_weighted_rows_are_those_of_rows_written_out() -> None:
+    _, x = problem(4, 24, 60)
+    counts = torch.tensor([2.0, 0.0, 3.0]).repeat(20)
+    weighted, often = gptq.Moments(24), gptq.Moments(24)
+    weighted.add(x[None, :30], counts[:30])
+    weighted.add(x[30:], counts[30:])
+    often.add(x.repeat_interleave(counts.long(), 0))
+    assert torch.allclose(weighted.matrix(), often.matrix(), rtol=1e-5, atol=1e-6)
+
+
 def test_offsets_are_solved_too() -> None:
     w, x = problem(16, 48, 300)
     moments = gptq.Moments(48)

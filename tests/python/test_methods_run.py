@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,37 @@ def test_one_layer_is_in_memory_at_a_time_and_rows_go_to_a_file(
         checkpoint, text_of(), method=method, weights=WEIGHTS, work=tmp_path / "b", options=SMALL
     )
     assert layer_files(result) == layer_files(in_memory)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "smoothquant"])
+def test_rows_of_pictures_count_as_asked_in_the_decoder_alone(
+    method: str, video: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load
+
+    checkpoint = Checkpoint.open(video)
+    files: list[dict[str, bytes]] = []
+    for weight in (1.0, 0.01):
+        result = calibrate(
+            checkpoint, seen(checkpoint), method=method, weights=VISUAL, activations="a8",
+            work=tmp_path / str(weight), options=replace(SMALL, media_weight=weight),
+        )  # fmt: skip
+        # Figures differ in any case: what was decided is in the tensors.
+        files.append(
+            {
+                name: b"".join(value.tobytes() for _, value in sorted(load(data).items()))
+                for name, data in layer_files(result).items()
+                if name.endswith(".safetensors")
+            }
+        )
+    differ = {name for name in files[0] if files[0][name] != files[1][name]}
+    assert differ
+    assert all(name.startswith("decoder") for name in differ)
+    with pytest.raises(InvalidArgument, match="rows of pictures count -1"):
+        calibrate(
+            checkpoint, seen(checkpoint), method=method, weights=VISUAL, work=tmp_path / "x",
+            options=replace(SMALL, media_weight=-1),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "smoothquant"])

@@ -85,6 +85,79 @@ def setting(half: Half, name: str = "w3g16", activations: str = "a16") -> Settin
     return Setting(forms, {linear: parse_activations(activations) for linear in half.linears})
 
 
+# --- rows that count differently -----------------------------------------------------------------
+
+COUNTS = (3.0, 1.0, 0.0, 2.0)  # of the rows of a sample, in turn
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_row_of_weight_n_counts_as_n_rows(part: int, tmp_path: Path) -> None:
+    """Two samples, one with weights; against sums over the rows that are written out n times."""
+    spec = decoder()
+    half, weights = halves(spec)[part], layer(spec)
+    chosen = setting(half, activations="a8")
+    count = ROWS // 2
+    counts = torch.tensor(COUNTS).repeat(count // len(COUNTS))
+    rng = torch.Generator().manual_seed(9)
+    store = RowStore(
+        [(1, count, HIDDEN)] * 2, tmp_path / "rows", weights=[counts, torch.ones(count)]
+    )
+    x = [torch.randn(1, count, HIDDEN, generator=rng) for _ in range(2)]
+    for n in range(2):
+        store.put(n, x[n])
+    data = Statistics(half, weights, store, Budget(10**6, 10**6))
+
+    times = [counts.long(), torch.ones(count).long()]
+    linears = Linears(weights)
+    normed = [half.normed(rows, weights) for rows in x]
+    inner = [half.inner(rows, linears) for rows in normed]
+    for place, values in enumerate((normed, inner)):
+        often = torch.cat([v[0].repeat_interleave(t, 0) for v, t in zip(values, times, strict=True)])
+        assert torch.allclose(data.mean[place], often.abs().mean(0), rtol=1e-5)
+        most = torch.cat([v[0] for v in values]).abs().amax(0)
+        assert torch.equal(data.most[place], most)
+    assert data.rows == 2 * count
+    assert torch.equal(data.token_weights, torch.cat([counts, torch.ones(count)]))
+
+    factor = awq.candidate(data.mean[0], 0.4)
+    scaled = scale_half(weights, half, factor, None)
+    rounded = Linears(chosen.rounded(scaled, half.linears), chosen.inputs_of(half.linears))
+    error = size = 0.0
+    for rows, t in zip(normed, times, strict=True):
+        exact = half.branch(rows, linears)[0]
+        difference = half.branch(rows / factor, rounded)[0] - exact
+        error += float(difference.repeat_interleave(t, 0).double().square().sum())
+        size += float(exact.repeat_interleave(t, 0).double().square().sum())
+    got = data.branch_error(scaled, chosen, half.linears, factor)
+    assert got == pytest.approx(error / size, rel=1e-5)
+
+    factor = awq.candidate(data.mean[1], 0.4)
+    scaled = {**weights, f"{half.last}.weight": scale_columns(weights[f"{half.last}.weight"], factor)}
+    rounded = Linears(chosen.rounded(scaled, (half.last,)), chosen.inputs_of((half.last,)))
+    error = 0.0
+    for rows, t in zip(inner, times, strict=True):
+        difference = rounded(half.last, rows / factor)[0] - linears(half.last, rows)[0]
+        error += float(difference.repeat_interleave(t, 0).double().square().sum())
+    assert data.last_error(scaled, chosen, factor) == pytest.approx(error / size, rel=1e-5)
+
+
+@pytest.mark.parametrize("activations", [None, "a4"])
+def test_clips_are_chosen_by_weighted_rows(activations: Any) -> None:
+    rng = torch.Generator().manual_seed(3)
+    weight = torch.randn(40, 64, generator=rng) ** 3
+    x = torch.randn(32, 64, generator=rng) * torch.randn(64, generator=rng).exp()
+    x[1::4] *= 30  # of weight 0, and most of the error otherwise
+    counts = torch.tensor([1.0, 0.0, 3.0, 2.0]).repeat(8)
+    form = parse_format("w3g16")
+    act = None if activations is None else parse_activations(activations)
+    ours = awq.best_clip(weight, x, form, act, row_weights=counts)
+    often = awq.best_clip(weight, x.repeat_interleave(counts.long(), 0), form, act)
+    alike = awq.best_clip(weight, x, form, act)
+    # Equal but for groups where two bounds are equally good to rounding.
+    assert float((ours == often).float().mean()) > 0.98
+    assert float((ours == alike).float().mean()) < 0.8
+
+
 # --- application ------------------------------------------------------------------------------
 
 

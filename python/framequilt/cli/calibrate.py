@@ -60,6 +60,13 @@ def command(
     act_order: Annotated[
         bool, typer.Option(help="GPTQ: columns with the largest inputs first.")
     ] = True,
+    media_weight: Annotated[
+        float,
+        typer.Option(
+            "--media-weight",
+            help="How much a row of a picture counts in the decoder, beside 1 for one of text.",
+        ),
+    ] = 0.1,
     work: Annotated[
         str | None,
         typer.Option("--work", help="Folder for finished layers: the same command goes on there."),
@@ -115,7 +122,8 @@ def command(
 
         calibration = Calibration(
             method, make, work=folder / "layers" if work is None else folder,
-            options=Options(alpha=exponent, act_order=act_order), progress=show,
+            options=Options(alpha=exponent, act_order=act_order, media_weight=media_weight),
+            progress=show,
         )  # fmt: skip
         report = convert(
             source, destination, weights=weights, activations=activations, kv=kv,

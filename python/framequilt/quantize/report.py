@@ -37,7 +37,7 @@ from framequilt.quantize.calibration.samples import (
 )
 from framequilt.quantize.methods import calibrate, evaluation
 from framequilt.quantize.methods.result import MethodResult, write_aside
-from framequilt.quantize.methods.runner import Options, plain_rounding
+from framequilt.quantize.methods.runner import MEDIA_WEIGHT, Options, plain_rounding
 
 # Name -> weights, activations.
 SCHEMES: dict[str, tuple[str, str]] = {
@@ -171,7 +171,7 @@ def measure(
     else:
         options = Options(
             alpha=float(alpha) if alpha else "auto", search_rows=args.search_rows,
-            ratio_steps=args.ratio_steps,
+            ratio_steps=args.ratio_steps, media_weight=args.media_weight,
         )  # fmt: skip
 
         def show(step: Any) -> None:
@@ -326,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one.add_argument("--frames", type=int, default=8, help="of a generated video")
     one.add_argument("--search-rows", type=int, default=2048)
     one.add_argument("--ratio-steps", type=int, default=20)
+    one.add_argument("--media-weight", type=float, default=MEDIA_WEIGHT)
     one.add_argument("--threads", type=int, default=1)
     two = commands.add_parser("table", help="print what was measured")
     two.add_argument("--work", required=True)

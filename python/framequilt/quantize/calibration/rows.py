@@ -18,11 +18,20 @@ MEMORY_LIMIT = 2 * 2**30  # bytes of rows above which they go to a file
 
 
 class RowStore:
-    """Float32 rows [batch, rows, hidden] of each sample, to be read and overwritten in place."""
+    """Float32 rows [batch, rows, hidden] of each sample, to be read and overwritten in place.
+
+    `weights` says how much an error of each row counts, [batch * rows] for each sample; without it
+    all rows count alike.
+    """
 
     def __init__(
-        self, shapes: Sequence[tuple[int, ...]], spill: Path, limit: int = MEMORY_LIMIT
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        spill: Path,
+        limit: int = MEMORY_LIMIT,
+        weights: Sequence[Tensor] | None = None,
     ) -> None:
+        self._weights = weights
         self._shapes = [tuple(shape) for shape in shapes]
         sizes = [math.prod(shape) for shape in self._shapes]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -45,6 +54,10 @@ class RowStore:
     def shape(self, index: int) -> tuple[int, ...]:
         """Shape of a sample."""
         return self._shapes[index]
+
+    def weights_of(self, index: int) -> Tensor | None:
+        """How much an error of each row of a sample counts, [batch * rows]; None: all alike."""
+        return None if self._weights is None else self._weights[index]
 
     def get(self, index: int) -> Tensor:
         """A copy of a sample's rows."""

@@ -85,7 +85,10 @@ def search_half(
         x = found.tokens[1 if name == half.last else 0]
         x = x if factor is None else x / factor
         key = f"{name}.weight"
-        most = best_clip(scaled[key], x, form, setting.activations.get(name), setting.range_)
+        most = best_clip(
+            scaled[key], x, form, setting.activations.get(name), setting.range_,
+            found.token_weights,
+        )  # fmt: skip
         clipped = {**scaled, key: clip_groups(scaled[key], most, form.group)}
         error = found.branch_error(clipped, setting, half.linears, norm)
         # Errors of groups add up where their inputs go together: the sum decides.
@@ -102,8 +105,10 @@ def best_clip(
     form: WeightFormat,
     activations: ActivationFormat | None = None,
     range_: Range = "include_zero",
+    row_weights: Tensor | None = None,
 ) -> Tensor:
-    """The best bound [out, groups] of every group of a weight [out, inputs], for input rows x.
+    """The best bound [out, groups] of every group of a weight [out, inputs], for input rows x,
+    which count as much as `row_weights` says.
 
     With quantized inputs y, the error y q - x w is y d + (y - x) w for d = q - w: its square is
     d y^T y d + 2 d y^T (y - x) w and a part that does not depend on d.
@@ -111,6 +116,9 @@ def best_clip(
     size = group_size(form, weight.shape[1])
     w = in_groups(weight, size)
     y = x if activations is None else fake_quantize_rows(x, activations)
+    if row_weights is not None:  # products of two of them have the weight
+        root = row_weights.sqrt()[:, None]
+        x, y = x * root, y * root
     grouped = _columns(y, size)  # [groups, rows, size]
     moments = grouped.transpose(1, 2) @ grouped
     linear = None

@@ -31,17 +31,21 @@ _TRIES = 5
 
 
 class Moments:
-    """Second moments 2/n sum x x^T of input rows, [inputs, inputs] float32."""
+    """Second moments 2/n sum x x^T of input rows, [inputs, inputs] float32; n counts their weights."""
 
     def __init__(self, inputs: int) -> None:
         self._sum = torch.zeros(inputs, inputs)
-        self.rows = 0
+        self.rows = 0.0
 
-    def add(self, x: Tensor) -> None:
-        """Input rows [..., inputs]."""
+    def add(self, x: Tensor, row_weights: Tensor | None = None) -> None:
+        """Input rows [..., inputs], and how much each counts."""
         x = x.reshape(-1, x.shape[-1])
+        if row_weights is None:
+            self.rows += len(x)
+        else:
+            self.rows += float(row_weights.sum())
+            x = x * row_weights.sqrt()[:, None]
         self._sum.addmm_(x.T, x)
-        self.rows += len(x)
 
     def matrix(self) -> Tensor:
         """H; the sums become it, so that there is one matrix only, and no more rows can be added.
@@ -51,7 +55,7 @@ class Moments:
         if not self.rows:
             raise InvalidArgument("no calibration rows were seen")
         h = self._sum.mul_(2.0 / self.rows)
-        self._sum, self.rows = torch.empty(0), 0
+        self._sum, self.rows = torch.empty(0), 0.0
         return h
 
 

@@ -52,6 +52,12 @@ from framequilt.quantize.schemes import (
 METHODS = ("rtn", "awq", "gptq", "smoothquant")
 
 
+# How much an error of a decoder's row of a picture counts, beside 1 for a row of text. There are many
+# of them and each matters less: by the loss's gradients, more than ten times less in large models
+# (MBQ, arXiv 2412.19509). METHODS.md has what it does here.
+MEDIA_WEIGHT = 0.1
+
+
 @dataclass(frozen=True)
 class Options:
     """Settings of the methods; each reads its own."""
@@ -62,6 +68,7 @@ class Options:
     ratio_steps: int = awq.RATIO_STEPS  # AWQ: ratios n / steps
     search_rows: int = 2048  # AWQ, SmoothQuant: rows on which candidates are compared
     clip_rows: int = 512  # AWQ: rows on which clips are compared
+    media_weight: float = MEDIA_WEIGHT  # all methods: see there
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,11 @@ def calibrate(
     scheme = parse_scheme(weights) if isinstance(weights, str) else weights
     acts = parse_activation_scheme(activations) if isinstance(activations, str) else activations
     chosen = options or Options()
+    if not 0 <= chosen.media_weight < float("inf"):
+        raise InvalidArgument(
+            f"rows of pictures count {chosen.media_weight}",
+            "a number from 0 (not at all) up; 1 is as much as rows of text",
+        )
     run = _Run(checkpoint, samples, method, scheme, acts, range_, chosen, Path(work), memory_limit)
     with torch.no_grad():
         return run.all(progress, cancelled)
@@ -194,7 +206,10 @@ class _Run:
             if name == "vision":
                 store = tower_rows(self.checkpoint, self.samples, spill, self.memory_limit)
             else:
-                store = prompt_rows(self.checkpoint, self.samples, videos, spill, self.memory_limit)
+                store = prompt_rows(
+                    self.checkpoint, self.samples, videos, spill, self.memory_limit,
+                    media_weight=self.options.media_weight,
+                )  # fmt: skip
             try:
                 for number in range(spec.layers):
                     if cancelled is not None and cancelled():
@@ -281,7 +296,8 @@ class _Run:
             form = acts.get(name)
             for index in range(len(store)):
                 x = rows(store.get(index))
-                moments.add(x if form is None else fake_quantize_rows(x, form))
+                x = x if form is None else fake_quantize_rows(x, form)
+                moments.add(x, store.weights_of(index))
             return moments.matrix()
 
         def decide(name: str, h: Tensor) -> None:
@@ -364,10 +380,11 @@ def projected(
 
 def prompt_rows(
     checkpoint: Checkpoint, samples: Sequence[Sample], videos: Sequence[Tensor], spill: Path,
-    limit: int, embed: Callable[[Any], Tensor] | None = None,
+    limit: int, embed: Callable[[Any], Tensor] | None = None, media_weight: float = 1.0,
 ) -> RowStore:  # fmt: skip
-    """Input rows of every sample; `videos` are the rows of all videos in order. `embed` gives the
-    rows of ids (default: the checkpoint's embedding). Errors: those of the lookup."""
+    """Input rows of every sample; `videos` are the rows of all videos in order, and count
+    `media_weight` each beside 1 for a row of text. `embed` gives the rows of ids (default: the
+    checkpoint's embedding). Errors: those of the lookup."""
     decoder = checkpoint.model.decoder
     if any(sample.videos for sample in samples) and checkpoint.model.vision is None:
         raise InvalidArgument("the samples have frames, and the model sees no pictures")
@@ -382,7 +399,18 @@ def prompt_rows(
         for sample in samples
     ]
     lengths = [sum(len(piece) for piece in pieces) for pieces in joined]
-    store = RowStore([(1, length, decoder.hidden) for length in lengths], spill, limit)
+    weights = None
+    if media_weight != 1 and any(sample.videos for sample in samples):
+        weights = [
+            torch.cat(
+                [
+                    torch.full((len(piece),), media_weight if part.ndim == 4 else 1.0)
+                    for part, piece in zip(sample.parts, pieces, strict=True)
+                ]
+            )
+            for sample, pieces in zip(samples, joined, strict=True)
+        ]
+    store = RowStore([(1, length, decoder.hidden) for length in lengths], spill, limit, weights)
     for index, pieces in enumerate(joined):
         store.put(index, torch.cat(pieces)[None])
     return store

@@ -1,6 +1,7 @@
 """What AWQ and SmoothQuant share: statistics of one half of a layer, and the error of a candidate.
 
-Both see the rows of the float model, since folding a factor changes nothing before rounding.
+Both see the rows of the float model, since folding a factor changes nothing before rounding. Rows
+count as much as their store says (`RowStore.weights_of`): a row of weight n is as n equal rows.
 Memory: rows of some whole samples (`Budget.search_rows`) and of some tokens (`Budget.clip_rows`).
 """
 
@@ -69,7 +70,10 @@ class HalfResult:
 
 
 class Statistics:
-    """Magnitudes per channel of what the first linears and the last one read, and kept rows."""
+    """Magnitudes per channel of what the first linears and the last one read, and kept rows.
+
+    Means are of weighted rows; the greatest magnitudes are of all rows, whatever they count.
+    """
 
     def __init__(self, half: Half, weights: Weights, store: RowStore, budget: Budget) -> None:
         """Also moves `store` on to the output of the half."""
@@ -79,36 +83,48 @@ class Statistics:
         per_sample = -(-budget.clip_rows // max(count, 1))
         self.normed: list[Tensor] = []  # whole samples, for the search
         self.inner: list[Tensor] = []
+        self._row_weights: list[Tensor | None] = []  # of the whole samples
         some: tuple[list[Tensor], list[Tensor]] = ([], [])
+        some_weights: list[Tensor] = []
         total: list[Tensor] = []
         most: list[Tensor] = []
-        rows = 0
+        rows = counted = 0.0
         linears = Linears(weights)
         for index in range(count):
             x = store.get(index)
             normed = half.normed(x, weights)
             inner = half.inner(normed, linears)
             store.put(index, x + linears(half.last, inner))
+            own = store.weights_of(index)
+            length = normed.numel() // normed.shape[-1]
+            step = max(length // per_sample, 1)
             for place, values in enumerate((normed, inner)):
                 flat = values.reshape(-1, values.shape[-1])
                 magnitude = flat.abs()
-                sums, peaks = magnitude.sum(0, dtype=torch.float64), magnitude.amax(0)
+                peaks = magnitude.amax(0)
+                if own is not None:
+                    magnitude *= own[:, None]
+                sums = magnitude.sum(0, dtype=torch.float64)
                 if index == 0:
                     total.append(sums)
                     most.append(peaks)
                 else:
                     total[place] += sums
                     most[place] = torch.maximum(most[place], peaks)
-                step = max(len(flat) // per_sample, 1)
                 some[place].append(flat[::step][:per_sample].clone())
-            rows += normed.numel() // normed.shape[-1]
+            if own is not None:
+                some_weights.append(own[::step][:per_sample])
+            rows += length
+            counted += length if own is None else float(own.sum())
             if index in self._kept:
                 self.normed.append(normed)
                 self.inner.append(inner)
-        self.rows = rows
-        self.mean = [(values / rows).float() for values in total]  # of the norm, of the inner rows
+                self._row_weights.append(own)
+        self.rows = int(rows)
+        self.mean = [(values / counted).float() for values in total]  # of the norm, of the inner rows
         self.most = most
         self.tokens = [torch.cat(values) for values in some]
+        self.token_weights = torch.cat(some_weights) if some_weights else None
         self.reference = [linears(half.last, inner) for inner in self.inner]
 
     def branch_error(
@@ -123,10 +139,11 @@ class Statistics:
         changed = setting.rounded(weights, rounded)
         linears = Linears(changed, setting.inputs_of(rounded))
         error = size = 0.0
-        for normed, reference in zip(self.normed, self.reference, strict=True):
+        kept = zip(self.normed, self.reference, self._row_weights, strict=True)
+        for normed, reference, own in kept:
             x = normed if norm_factor is None else normed / norm_factor
-            error += _square(self.half.branch(x, linears) - reference)
-            size += _square(reference)
+            error += _square(self.half.branch(x, linears) - reference, own)
+            size += _square(reference, own)
         return error / max(size, 1e-30)
 
     def last_error(self, weights: Weights, setting: Setting, factor: Tensor) -> float:
@@ -134,14 +151,21 @@ class Statistics:
         changed = setting.rounded(weights, (self.half.last,))
         linears = Linears(changed, setting.inputs_of((self.half.last,)))
         error = size = 0.0
-        for inner, reference in zip(self.inner, self.reference, strict=True):
-            error += _square(linears(self.half.last, inner / factor) - reference)
-            size += _square(reference)
+        for inner, reference, own in zip(
+            self.inner, self.reference, self._row_weights, strict=True
+        ):
+            error += _square(linears(self.half.last, inner / factor) - reference, own)
+            size += _square(reference, own)
         return error / max(size, 1e-30)
 
 
-def _square(x: Tensor) -> float:
-    return float(x.square().sum(dtype=torch.float64))
+def _square(x: Tensor, row_weights: Tensor | None) -> float:
+    """The sum of the squares of rows [..., columns], each row times its weight."""
+    squares = x.square()
+    if row_weights is None:
+        return float(squares.sum(dtype=torch.float64))
+    rows = squares.sum(-1, dtype=torch.float64).flatten()
+    return float(rows @ row_weights.double())
 
 
 def _whole_samples(store: RowStore, rows: int) -> set[int]:
