@@ -112,7 +112,9 @@ def test_a_row_of_weight_n_counts_as_n_rows(part: int, tmp_path: Path) -> None:
     normed = [half.normed(rows, weights) for rows in x]
     inner = [half.inner(rows, linears) for rows in normed]
     for place, values in enumerate((normed, inner)):
-        often = torch.cat([v[0].repeat_interleave(t, 0) for v, t in zip(values, times, strict=True)])
+        often = torch.cat(
+            [v[0].repeat_interleave(t, 0) for v, t in zip(values, times, strict=True)]
+        )
         assert torch.allclose(data.mean[place], often.abs().mean(0), rtol=1e-5)
         most = torch.cat([v[0] for v in values]).abs().amax(0)
         assert torch.equal(data.most[place], most)
@@ -132,7 +134,10 @@ def test_a_row_of_weight_n_counts_as_n_rows(part: int, tmp_path: Path) -> None:
     assert got == pytest.approx(error / size, rel=1e-5)
 
     factor = awq.candidate(data.mean[1], 0.4)
-    scaled = {**weights, f"{half.last}.weight": scale_columns(weights[f"{half.last}.weight"], factor)}
+    scaled = {
+        **weights,
+        f"{half.last}.weight": scale_columns(weights[f"{half.last}.weight"], factor),
+    }
     rounded = Linears(chosen.rounded(scaled, (half.last,)), chosen.inputs_of((half.last,)))
     error = 0.0
     for rows, t in zip(inner, times, strict=True):

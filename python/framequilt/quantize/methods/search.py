@@ -121,7 +121,8 @@ class Statistics:
                 self.inner.append(inner)
                 self._row_weights.append(own)
         self.rows = int(rows)
-        self.mean = [(values / counted).float() for values in total]  # of the norm, of the inner rows
+        # Of the norm's rows, of the inner rows.
+        self.mean = [(values / counted).float() for values in total]
         self.most = most
         self.tokens = [torch.cat(values) for values in some]
         self.token_weights = torch.cat(some_weights) if some_weights else None
