@@ -52,9 +52,9 @@ from framequilt.quantize.schemes import (
 METHODS = ("rtn", "awq", "gptq", "smoothquant")
 
 
-# How much an error of a decoder's row of a picture counts, beside 1 for a row of text. There are many
-# of them and each matters less: by the loss's gradients, more than ten times less in large models
-# (MBQ, arXiv 2412.19509). METHODS.md has what it does here.
+# How much an error of a decoder's row of a picture counts, beside 1 for a row of text. There are
+# many of them and each matters less: by the loss's gradients, more than ten times less in large
+# models (MBQ, arXiv 2412.19509). METHODS.md has what it does here.
 MEDIA_WEIGHT = 0.1
 
 
