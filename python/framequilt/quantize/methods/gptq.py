@@ -31,7 +31,7 @@ _TRIES = 5
 
 
 class Moments:
-    """Second moments 2/n sum x x^T of input rows, [inputs, inputs] float32; n adds their weights."""
+    """Second moments 2/n sum x x^T of input rows [inputs, inputs], float32; n: rows, or weights."""
 
     def __init__(self, inputs: int) -> None:
         self._sum = torch.zeros(inputs, inputs)
