@@ -438,6 +438,10 @@ def test_the_command_calibrates_the_tower_on_prompts(video: Path, tmp_path: Path
     assert done.exit_code == 0, done.output
     layers = [layer["layer"] for layer in json.loads(done.stdout)["layers"]]
     assert "vision.layers.0" in layers and "decoder.layers.2" in layers
+    arguments[1] = str(tmp_path / "n")
+    refused = command_line(*arguments, "--media-weight", "-1")
+    assert refused.exit_code != 0 and "rows of pictures count -1" in refused.output
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize(
