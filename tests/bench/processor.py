@@ -15,19 +15,22 @@ CPUINFO = Path("/proc/cpuinfo")
 
 def _described(info: Path) -> tuple[str, set[str]]:
     name = platform.processor() or platform.machine()
+    family = ""
     flags: set[str] = set()
     if info.exists():
         for line in info.read_text().splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 name = value.strip()
+            elif key.strip() == "cpu family":
+                family = f", family {value.strip()}"
             elif key.strip() in ("flags", "Features"):
                 flags = set(value.split())
-    return name, flags
+    return name + family, flags
 
 
 def processor_name(info: Path = CPUINFO) -> str:
-    """Model and instructions: virtual machines of one model name can differ in these."""
+    """Model, family and instructions: virtual machines of one model name can differ in these."""
     name, flags = _described(info)
     found = [extension for extension in EXTENSIONS if extension in flags]
     return f"{name} ({', '.join(found)})" if found else name

@@ -168,9 +168,11 @@ def test_results_of_another_number_of_threads_are_not_merged() -> None:
 
 def test_results_of_processors_with_other_instructions_are_not_merged() -> None:
     stored = {path.stem: json.loads(path.read_text()) for path in STORED.parent.glob("*.json")}
-    assert stored.keys() == {"avx2", "avx512"}
+    assert stored.keys() == {"avx2", "avx512", "zen1"}
     with pytest.raises(merging.Mismatch, match="avx512_vnni"):
         merging.merge(stored["avx512"], stored["avx2"])
+    with pytest.raises(merging.Mismatch, match="family 23"):  # the same name and instructions
+        merging.merge(stored["avx2"], stored["zen1"])
 
 
 def test_merged_benches_are_in_the_order_of_the_list() -> None:
@@ -279,6 +281,11 @@ def test_the_projector_stage_makes_the_rows_of_a_prompt(tiny_run: dict[str, Any]
         ),
         ("model name\t: EPYC\nflags\t: sse2 avx2\n", "EPYC (avx2)", False),
         (
+            "cpu family\t: 23\nmodel\t\t: 1\nmodel name\t: EPYC\nflags\t: avx2\n",
+            "EPYC, family 23 (avx2)",
+            False,
+        ),
+        (
             "model name\t: Xeon\nflags\t: avx512_bf16 amx_bf16 amx_tile amx_int8\n",
             "Xeon (avx512_bf16, amx_int8, amx_bf16)",
             True,
@@ -286,7 +293,7 @@ def test_the_projector_stage_makes_the_rows_of_a_prompt(tiny_run: dict[str, Any]
         ("Features\t: fp asimd asimddp i8mm bf16\n", "(asimd, asimddp, i8mm, bf16)", True),
     ],
 )
-def test_machines_are_told_apart_by_their_instructions(
+def test_machines_are_told_apart_by_family_and_instructions(
     text: str, name: str, bfloat16: bool, tmp_path: Path
 ) -> None:
     info = tmp_path / "cpuinfo"
