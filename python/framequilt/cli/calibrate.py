@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,12 +62,13 @@ def command(
         bool, typer.Option(help="GPTQ: columns with the largest inputs first.")
     ] = True,
     media_weight: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--media-weight",
-            help="How much a row of a picture counts in the decoder, beside 1 for one of text.",
+            help="How much a row of a picture counts in the decoder, beside 1 for one of text "
+            "(without it a tenth).",
         ),
-    ] = 0.1,
+    ] = None,
     work: Annotated[
         str | None,
         typer.Option("--work", help="Folder for finished layers: the same command goes on there."),
@@ -90,7 +92,9 @@ def command(
         raise InvalidArgument("nothing to calibrate on", "give --text, --prompts, or both")
     given = read_text(text) if text else ""
     measured = read_text(held_out) if held_out else ""
-    exponent = _alpha(alpha)
+    options = Options(alpha=_alpha(alpha), act_order=act_order)
+    if media_weight is not None:
+        options = replace(options, media_weight=media_weight)
     codecs: list[TextCodec] = []
 
     def make(checkpoint: Checkpoint, codec: TextCodec) -> Sequence[Sample]:
@@ -122,8 +126,7 @@ def command(
 
         calibration = Calibration(
             method, make, work=folder / "layers" if work is None else folder,
-            options=Options(alpha=exponent, act_order=act_order, media_weight=media_weight),
-            progress=show,
+            options=options, progress=show,
         )  # fmt: skip
         report = convert(
             source, destination, weights=weights, activations=activations, kv=kv,

@@ -88,7 +88,7 @@ class Statistics:
         some_weights: list[Tensor] = []
         total: list[Tensor] = []
         most: list[Tensor] = []
-        rows = counted = 0.0
+        rows, counted = 0, 0.0
         linears = Linears(weights)
         for index in range(count):
             x = store.get(index)
@@ -120,7 +120,7 @@ class Statistics:
                 self.normed.append(normed)
                 self.inner.append(inner)
                 self._row_weights.append(own)
-        self.rows = int(rows)
+        self.rows = rows
         # Of the norm's rows, of the inner rows.
         self.mean = [(values / counted).float() for values in total]
         self.most = most
