@@ -304,8 +304,8 @@ int run(const Options& options) {
 
 int main(int argc, char** argv) {
   fq::Options options;
-  for (int i = 1; i + 1 < argc; i += 2) {
-    const std::string_view flag = argv[i];
+  for (int i = 1; i < argc; i += 2) {
+    const std::string_view flag = i + 1 < argc ? argv[i] : "";
     if (flag == "--simd") {
       options.simd = argv[i + 1];
     } else if (flag == "--threads") {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from measure import Runner, last_json
 from processor import multiplies_bfloat16
 from programs import HERE, Missing, Programs
+from shapes import DECODERS
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ SIZES = {
 FOUR_BITS = {
     "qwen2-0.5b": ("q4_0", "q4_k_m"),
     "qwen2-7b": ("q4_0",),
-    "qwen2-7b-4l": ("q4_0", "q4_k_m"),
+    "qwen2-7b-4l": ("q4_0",),
+    "qwen2-7b-28l": ("q4_0", "q4_k_m"),
     "smollm2-135m": ("q4_0", "q4_1"),
 }
 FRAME_ROWS = 210  # of LLaVA-Video: 14 x 14 after pooling, and a newline per grid row
@@ -84,11 +86,32 @@ def _engine(
     return lambda: p.engine(label, p.ours(name, weights), mode, **options)
 
 
+# The 7B's long prompts would take too long whole, for peers above all: seconds of 28 layers are
+# taken from models of 4 and of 1, on both sides.
+PARTS = {"qwen2-7b-28l": ("qwen2-7b-4l", "qwen2-7b-1l")}
+FROM_PARTS = "7B (from 4 and 1 of 28 layers)"
+
+
+def _whole(name: str, make: Callable[[str], Runner]) -> Callable[[], Runner]:
+    """make(name), or what its PARTS tell of it."""
+    if name not in PARTS:
+        return lambda: make(name)
+    own, shallow = PARTS[name]
+    layers = tuple(DECODERS[part].layers for part in (shallow, own, name))
+    return lambda: replace(make(own), shallow=make(shallow), layers=layers)
+
+
+def _parts(
+    p: Programs, label: str, name: str, weights: str, mode: str, **options: object
+) -> Callable[[], Runner]:
+    return _whole(name, lambda model: _engine(p, label, model, weights, mode, **options)())
+
+
 def prefill(p: Programs, name: str, tokens: int) -> Bench:
     """A prompt of `tokens` tokens up to the first new token."""
     bench = Bench(
         f"prefill-{name}-{tokens}",
-        f"prefill {tokens}, {SIZES[name]}",
+        f"prefill {tokens}, {FROM_PARTS if name in PARTS else SIZES[name]}",
         "tok/s",
         [
             Target("4 bit, against llama.cpp's best 4 bit", ("w4",), ("llama.cpp",), 2.5),
@@ -102,31 +125,29 @@ def prefill(p: Programs, name: str, tokens: int) -> Bench:
         label = f"{weights} {activations}" + ("" if kv == "kv16" else f" {kv}")
         options = {"prompt": tokens, "activations": activations, "kv": kv}
         options |= {"less": {"prompt": 32}, "work": tokens - 32}
-        bench.add("ours", _engine(p, label, name, weights, "prefill", **options))
+        bench.add("ours", _parts(p, label, name, weights, "prefill", **options))
+
+    def llama(label: str, kind: str, **options: object) -> None:
+        def make(model: str) -> Runner:
+            return p.llama_bench(
+                f"llama.cpp {label}", p.gguf(model, kind), {"p": 32}, tokens - 32,
+                p=tokens, n=0, **options,
+            )  # fmt: skip
+
+        bench.add("peer", _whole(name, make))
+
     for kind in FOUR_BITS[name]:
-        bench.add(
-            "peer",
-            lambda kind=kind: p.llama_bench(
-                f"llama.cpp {kind}", p.gguf(name, kind), {"p": 32}, tokens - 32, p=tokens, n=0
-            ),
-        )
-
+        llama(kind, kind)
     # As the preset `fast` has it: the cache in 8 bits.
-    bench.add(
-        "peer",
-        lambda: p.llama_bench(
-            "llama.cpp q4_0 kv q8_0", p.gguf(name, "q4_0"), {"p": 32}, tokens - 32,
-            p=tokens, n=0, fa="on", ctk="q8_0", ctv="q8_0",
-        ),
-    )  # fmt: skip
+    llama("q4_0 kv q8_0", "q4_0", fa="on", ctk="q8_0", ctv="q8_0")
 
-    def ct2() -> Runner:
-        command = ["ct2", p.ct2(name), "int8_float32", "prefill"]
+    def ct2(model: str) -> Runner:
+        command = ["ct2", p.ct2(model), "int8_float32", "prefill"]
         return p.worker(
             "CTranslate2 int8", *command, str(tokens), less=[*command, "32"], work=tokens - 32
         )
 
-    bench.add("peer", ct2)
+    bench.add("peer", _whole(name, ct2))
     return bench
 
 
@@ -269,10 +290,11 @@ def fusion(p: Programs, frames: int, activations: str) -> Bench:
     """Token reduction at cost 0.3 against the same prompt without it: seconds to the first token.
 
     The paper's prompt: 64 frames of 210 rows. Half of a frame's rows continue the frame before.
+    With reduction, where layers differ, all of them run.
     """
     bench = Bench(
-        "fusion",
-        f"prefill of {frames * FRAME_ROWS} visual rows, {SIZES['qwen2-7b-4l']}, {activations}",
+        "fusion-28l",
+        f"prefill of {frames * FRAME_ROWS} visual rows, 7B, {activations}",
         "s",
         [
             Target(
@@ -289,14 +311,19 @@ def fusion(p: Programs, frames: int, activations: str) -> Bench:
         options |= {"activations": activations, "kv": "kv8", "memory_mib": 4096}
         # One frame more or less is nothing beside 64: the whole prompt is what is compared.
         options |= {"less": {"frames": 2, "cost": 1.0}, "work": 1, "rate": False}
-        label = f"cost {cost:g}"
-        bench.add("ours", _engine(p, label, "qwen2-7b-4l", "w4g128", "rows", **options))
+        bench.add("ours", _with_cost(p, cost, options))
     return bench
+
+
+def _with_cost(p: Programs, cost: float, options: dict[str, object]) -> Callable[[], Runner]:
+    """The 7B; whole with reduction, from its parts without."""
+    make = _parts if cost == 1.0 else _engine
+    return make(p, f"cost {cost:g}", "qwen2-7b-28l", "w4g128", "rows", **options)
 
 
 def video(p: Programs, activations: str) -> list[Bench]:
     """The parts of a question about 32 frames; report.py adds them up. No targets of their own."""
-    name, rows = "qwen2-7b-4l", VIDEO_FRAMES * FRAME_ROWS + VIDEO_PROMPT
+    name, rows = "qwen2-7b-28l", VIDEO_FRAMES * FRAME_ROWS + VIDEO_PROMPT
     script = Path(__file__).with_name("frames_worker.py")
     python = str(HERE.parents[1] / "python")
     decoding = Bench("video-frames", f"decode and resize {VIDEO_FRAMES} frames", "s", [],
@@ -308,20 +335,21 @@ def video(p: Programs, activations: str) -> list[Bench]:
     options = {"frames": 1, "activations": activations}  # as many as the engine takes at once
     label = f"w4g128 {activations}"
     projector.add("ours", _engine(p, label, "llava-video-1l", "w4g128", "projector", **options))
-    language = Bench("video-llm", f"{rows} rows, then 64 tokens, {SIZES[name]}", "s", [],
+    language = Bench("video-llm-28l", f"{rows} rows, then 64 tokens, 7B", "s", [],
                      higher_is_better=False)  # fmt: skip
     for cost in (1.0, 0.3):
         options = {"frames": VIDEO_FRAMES, "prompt": VIDEO_PROMPT, "tokens": 64, "cost": cost}
-        options |= {"activations": activations, "kv": "kv8", "memory_mib": 4096}
-        label = f"cost {cost:g}"
-        language.add("ours", _engine(p, label, name, "w4g128", "rows", **options))
-    language.add(
-        "peer", lambda: p.llama_bench("llama.cpp prefill", p.gguf(name, "q4_0"), p=rows, n=0)
-    )
-    language.add(
-        "peer",
-        lambda: p.llama_bench("llama.cpp decode", p.gguf(name, "q4_0"), p=0, n=16, d=rows),
-    )
+        options |= {"activations": activations, "kv": "kv8", "memory_mib": 4096, "rate": False}
+        language.add("ours", _with_cost(p, cost, options))
+
+    def llama(label: str, **options: int) -> None:
+        def make(model: str) -> Runner:
+            return p.llama_bench(f"llama.cpp {label}", p.gguf(model, "q4_0"), **options)
+
+        language.add("peer", _whole(name, make))
+
+    llama("prefill", p=rows, n=0)
+    llama("decode", p=0, n=16, d=rows)
     return [decoding, projector, language]
 
 
@@ -345,7 +373,7 @@ def all_benches(p: Programs, quick: bool, activations: str) -> list[Bench]:
     """
     prompts = (512,) if quick else (512, 2048)
     result = [prefill(p, name, n) for name in ("qwen2-0.5b", "smollm2-135m") for n in prompts]
-    result += [prefill(p, "qwen2-7b-4l", n) for n in prompts]
+    result += [prefill(p, "qwen2-7b-28l", n) for n in prompts]
     result += [decode(p, name, "w4g128", 64) for name in ("qwen2-0.5b", "smollm2-135m")]
     result += [decode(p, "qwen2-0.5b", "w8g128", 64)]
     result += [batch(p, name, 48) for name in ("qwen2-0.5b", "smollm2-135m")]

@@ -32,7 +32,12 @@ LEAST_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Runner:
-    """A program whose samples are numbers; `read` finds the number in what it prints."""
+    """A program whose samples are numbers; `read` finds the number in what it prints.
+
+    With `shallow`, the same program on a model of fewer layers, the number is that of a model of
+    more layers than either: what the layers between both cost, another one costs. A model is not
+    `layers` times one of its layers: engines leave out what nothing reads of the last one.
+    """
 
     name: str
     command: tuple[str, ...]
@@ -43,6 +48,8 @@ class Runner:
     short: tuple[str, ...] = ()
     work: float = 0.0
     rate: bool = True  # work per second, not seconds per work
+    shallow: Runner | None = None
+    layers: tuple[int, int, int] = (0, 0, 0)  # of shallow's model, of this one's, of the full one
 
 
 @dataclass
@@ -165,30 +172,65 @@ def _execute(command: Sequence[str], environment: dict[str, str]) -> _Done:
     return _Done(wall, sum(now[2:4]) - sum(own[2:4]), others, printed, problem)
 
 
-def sample(runner: Runner, series: Series, cpu: bool) -> None:
-    """Runs once and adds the value, or the reason why there is none."""
+@dataclass(frozen=True)
+class _Sample:
+    value: float = 0.0
+    others: float = 0.0
+    detail: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+def _sample(runner: Runner, cpu: bool) -> _Sample:
+    """One run, or two where the difference of CPU times is wanted."""
     environment = os.environ | dict(runner.environment)
     if cpu and not runner.short:
-        series.skipped = "not measured by CPU time"
-        return
+        return _Sample(problem="not measured by CPU time")
     short = _execute(runner.short, environment) if cpu else None
     done = _execute(runner.command, environment)
     problem = done.problem or (short.problem if short else "")
     if problem:
-        series.skipped = problem
-        return
+        return _Sample(problem=problem)
     detail = runner.read(done.printed)
     value = float(detail["value"])
     if short is not None:
         seconds = done.cpu - short.cpu
         if seconds < LEAST_SHARE * done.cpu:
-            series.skipped = "too little work beside its preparation for a CPU time"
-            return
+            return _Sample(problem="too little work beside its preparation for a CPU time")
         value = runner.work / seconds if runner.rate else seconds / runner.work
-    series.values.append(value)
     # Waiting is not in a CPU time: what others did does not disturb it.
-    series.others.append(0.0 if cpu else done.others)
-    series.detail = detail
+    return _Sample(value, 0.0 if cpu else done.others, detail)
+
+
+def _deeper(runner: Runner, shallow: _Sample, own: _Sample) -> _Sample:
+    """What a model of runner.layers[2] layers would have given; also for seconds in details."""
+    first, second, full = runner.layers
+
+    def extend(of_shallow: float, of_own: float) -> float:
+        return of_shallow + (full - first) / (second - first) * (of_own - of_shallow)
+
+    if runner.rate:
+        value = 1.0 / extend(1.0 / shallow.value, 1.0 / own.value)
+    else:
+        value = extend(shallow.value, own.value)
+    detail = own.detail | {
+        key: extend(shallow.detail[key], of_own)
+        for key, of_own in own.detail.items()
+        if key == "seconds" or key.endswith("_s")
+    }
+    return _Sample(value, max(shallow.others, own.others), detail)
+
+
+def sample(runner: Runner, series: Series, cpu: bool) -> None:
+    """Runs once and adds the value, or the reason why there is none."""
+    shallow = _sample(runner.shallow, cpu) if runner.shallow else _Sample()
+    own = _sample(runner, cpu)
+    series.skipped = shallow.problem or own.problem
+    if series.skipped:
+        return
+    done = _deeper(runner, shallow, own) if runner.shallow else own
+    series.values.append(done.value)
+    series.others.append(done.others)
+    series.detail = done.detail
 
 
 def _name(part: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 from benches import VIDEO_FRAMES, Bench, Target
 from measure import HOPELESS, Series
-from shapes import QWEN2_7B, QWEN2_7B_4L
 
 
 def _best(bench: Bench, series: dict[str, Series], names: tuple[str, ...]) -> Series | None:
@@ -123,10 +122,10 @@ def budget(
 ) -> list[dict[str, Any]]:
     """Seconds by stage, ours without and with reduction, and the peers' parts. Empty if unmeasured.
 
-    Layers that were not run are scaled: 28 / 4 of the decoder's (its head is left out, on both
-    sides), 26 / 27 of the tower's. `earlier`: of benches of another call, which one that was.
+    The tower's time is scaled to 26 of its 27 layers. The decoder has a small head, on both sides.
+    `earlier`: of benches of another call, which one that was.
     """
-    needed = ("video-frames", "video-projector", "video-llm", "tower")
+    needed = ("video-frames", "video-projector", "video-llm-28l", "tower")
     if any(name not in results for name in needed):
         return []
 
@@ -134,13 +133,15 @@ def budget(
         found = [s for s in results[bench].values() if s.values and s.name.startswith(names)]
         return min(found, key=lambda s: s.median) if found else None
 
-    depth = QWEN2_7B.layers / QWEN2_7B_4L.layers
     towers = VIDEO_FRAMES * 26 / 27
     frames = of("video-frames", "PyAV")
     tower, peer_tower = of("tower", "w4g128", "w8g128", "f32"), of("tower", "onnxruntime", "torch")
     projector = of("video-projector", "w4g128")
-    plain, reduced = of("video-llm", "cost 1"), of("video-llm", "cost 0.3")
-    prefill, decode = of("video-llm", "llama.cpp prefill"), of("video-llm", "llama.cpp decode")
+    plain, reduced = of("video-llm-28l", "cost 1"), of("video-llm-28l", "cost 0.3")
+    prefill, decode = (
+        of("video-llm-28l", "llama.cpp prefill"),
+        of("video-llm-28l", "llama.cpp decode"),
+    )
     rows_of_prompt = plain.detail["prompt_rows"] if plain else None
 
     def row(stage: str, bench: str, ours: float | None, with_reduction: float | None,
@@ -153,6 +154,7 @@ def budget(
     seconds = frames.median if frames else None
     eye = tower.median * towers if tower else None
     as_ours = "peers: taken as ours"
+    parts = "from 4 and 1 of 28 layers; with reduction all 28"
     stages = [
         row("decode and resize frames", "video-frames", seconds, seconds, seconds, as_ours),
         row("vision tower", "tower", eye, eye,
@@ -160,13 +162,12 @@ def budget(
             f"{tower.name if tower else '-'}; peer {peer_tower.name if peer_tower else '-'}"),
         row("projector", "video-projector", projected, projected, projected,
             as_ours if projector else "not measured"),
-        row("prompt", "video-llm",
-            *(s.detail["prefill_s"] * depth if s else None for s in (plain, reduced)),
-            rows_of_prompt / prefill.median * depth if prefill and rows_of_prompt else None,
-            "4 of 28 layers measured"),
-        row("64 tokens", "video-llm",
-            *(s.detail["decode_s"] * depth if s else None for s in (plain, reduced)),
-            64 / decode.median * depth if decode else None, "4 of 28 layers measured"),
+        row("prompt", "video-llm-28l",
+            *(s.detail["prefill_s"] if s else None for s in (plain, reduced)),
+            rows_of_prompt / prefill.median if prefill and rows_of_prompt else None, parts),
+        row("64 tokens", "video-llm-28l",
+            *(s.detail["decode_s"] if s else None for s in (plain, reduced)),
+            64 / decode.median if decode else None, parts),
     ]  # fmt: skip
     total: dict[str, Any] = {"stage": "sum", "how": ""}
     for key in ("ours", "reduced", "peer"):

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_listing_benches_makes_no_models(tmp_path: Path) -> None:
     """They would be made in a folder that cannot be: with 20 GB, trying has to fail at once."""
     (tmp_path / "file").touch()
     listed = _run("--list", "--models", tmp_path / "file" / "models")
-    assert {"tower", "load", "video-llm"} <= {line.split()[0] for line in listed.splitlines()}
+    assert {"tower", "load", "video-llm-28l"} <= {line.split()[0] for line in listed.splitlines()}
 
 
 def test_only_the_models_of_the_benches_that_run_are_made(tmp_path: Path) -> None:
@@ -194,24 +195,35 @@ def test_samples_survive_being_stored() -> None:
 
 
 def test_the_budget_takes_from_earlier_calls_what_is_missing_and_says_so() -> None:
-    stored = json.loads(STORED.read_text())
+    plain = _series("cost 1", [90.0], prefill_s=80.0, decode_s=10.0, prompt_rows=6760)
+    reduced = _series("cost 0.3", [9.0], prefill_s=7.0, decode_s=2.0)
+    peers = [_series("llama.cpp prefill", [67.6]), _series("llama.cpp decode", [3.2])]
+    first = _call(
+        {
+            "tower": [_series("w4g128 a8 attention a8", [2.0]), _series("onnxruntime int8", [3.0])],
+            "video-llm-28l": [plain, reduced, *peers],
+        },
+        date="the first day",
+        revision="old",
+    )
     parts = {
         "video-frames": [_series("PyAV", [0.25])],
         "video-projector": [_series("w4g128 a8", [0.5])],
     }
-    merged = merging.merge(stored, _call(parts))
-    stages = {
-        stage["stage"]: stage
-        for stage in report.budget(merging.series_of(merged), merging.earlier(merged))
-    }
-    assert stages["decode and resize frames"]["ours"] == 0.25
-    assert "from the run" not in stages["decode and resize frames"]["how"]
-    assert stages["projector"]["ours"] == 0.5 * 32
-    before = {stage["stage"]: stage for stage in stored["budget"]}
-    for name, bench in (("vision tower", "tower"), ("prompt", "video-llm")):
-        assert stages[name]["ours"] == pytest.approx(before[name]["ours"])
-        (run,) = (run for run in stored["runs"] if bench in run["benches"])
-        assert f"from the run of {run['date']}, revision {run['revision']}" in stages[name]["how"]
+    merged = merging.merge(first, _call(parts))
+    *listed, total = report.budget(merging.series_of(merged), merging.earlier(merged))
+    assert [[stage[key] for key in ("ours", "reduced", "peer")] for stage in listed] == [
+        [0.25, 0.25, 0.25],
+        [pytest.approx(2.0 * 32 * 26 / 27)] * 2 + [pytest.approx(3.0 * 32 * 26 / 27)],
+        [16.0, 16.0, 16.0],
+        [80.0, 7.0, pytest.approx(100.0)],
+        [10.0, 2.0, pytest.approx(20.0)],
+    ]
+    assert total["reduced"] == pytest.approx(sum(stage["reduced"] for stage in listed))
+    stages = {stage["stage"]: stage["how"] for stage in listed}
+    assert "from the run" not in stages["decode and resize frames"] + stages["projector"]
+    for name in ("vision tower", "prompt", "64 tokens"):
+        assert "from the run of the first day, revision old" in stages[name]
 
 
 def test_limits_of_the_machine_are_measured(tiny_run: dict[str, Any]) -> None:
@@ -452,6 +464,28 @@ def test_samples_alternate_and_a_program_may_decline(tmp_path: Path) -> None:
     assert result["a"].values == [2.0, 2.0, 2.0]
     assert result["c"].skipped == "exit 1: broken"
     assert result["d"].skipped == "not here"
+
+
+def test_the_time_of_a_deep_model_is_told_by_two_of_fewer_layers() -> None:
+    """A last layer of 2 s, others of 10 s, and 5 s for the rest of the model."""
+    text = 'print(\'{{"value": {value}, "prefill_s": {seconds}, "rows": {rows}}}\')'
+
+    def runner(name: str, rate: bool, broken: bool = False) -> Runner:
+        def of(layers: int) -> Runner:
+            seconds = 5 + 2 + 10 * (layers - 1)
+            value = 700 / seconds if rate else seconds
+            one = text.format(value=value, seconds=seconds, rows=layers)
+            return _python(name, "import sys; sys.exit('no')" if broken and layers == 1 else one)
+
+        return replace(of(4), rate=rate, shallow=of(1), layers=(1, 4, 28))
+
+    runners = [runner("rate", True), runner("time", False), runner("broken", True, True)]
+    result = alternate(runners, 1, 0.0)
+    seconds = 5 + 2 + 10 * 27
+    assert result["rate"].values == [pytest.approx(700 / seconds)]
+    assert result["time"].values == [pytest.approx(seconds)]
+    assert result["time"].detail == {"value": 37, "prefill_s": pytest.approx(seconds), "rows": 4}
+    assert result["broken"].skipped == "exit 1: no"
 
 
 def test_cpu_time_is_that_of_the_work_that_the_long_run_does_more() -> None:

@@ -30,99 +30,116 @@ Result<DecoderAttention> DecoderAttention::bind(const Binder& binder, const std:
 }
 
 int64_t DecoderAttention::scratch_floats(int64_t rows) const {
-  const int64_t q_width = int64_t{spec_.heads} * spec_.head_dim;
-  const int64_t kv_width = int64_t{spec_.kv_heads} * spec_.head_dim;
-  return rows * (hidden_ + 2 * q_width + 2 * kv_width);
+  return rows * (hidden_ + 2 * q_width() + 2 * kv_width());
 }
 
-void DecoderAttention::forward(float* x, int64_t rows, const int32_t* positions,
-                               std::span<const KvSegment> segments, float* scratch,
-                               std::vector<ops::AttentionArgs>* items, ThreadPool& pool) const {
-  const int64_t q_width = int64_t{spec_.heads} * spec_.head_dim;
-  const int64_t kv_width = int64_t{spec_.kv_heads} * spec_.head_dim;
-  float* normed = scratch;
-  float* q = normed + rows * hidden_;
-  float* k = q + rows * q_width;
-  float* v = k + rows * kv_width;
-  float* out = v + rows * kv_width;
-
-  norm_->run(x, normed, rows, pool);
-  const Linear* const linears[] = {&*q_, &*k_, &*v_};
-  ops::LinearArgs list[] = {q_->args(normed, hidden_, rows, q, q_width),
-                            k_->args(normed, hidden_, rows, k, kv_width),
-                            v_->args(normed, hidden_, rows, v, kv_width)};
-  run_together(linears, list, pool);
-  rope_({.x = q,
-         .stride = q_width,
+void DecoderAttention::place(float* rows_of_heads, int64_t rows, int heads,
+                             const int32_t* positions, ThreadPool& pool) const {
+  const int64_t width = int64_t{heads} * spec_.head_dim;
+  rope_({.x = rows_of_heads,
+         .stride = width,
          .rows = rows,
-         .heads = spec_.heads,
-         .head_dim = spec_.head_dim,
-         .positions = positions,
-         .table = rope_table_},
-        pool);
-  rope_({.x = k,
-         .stride = kv_width,
-         .rows = rows,
-         .heads = spec_.kv_heads,
-         .head_dim = spec_.head_dim,
-         .positions = positions,
-         .table = rope_table_},
-        pool);
-  const bool rotate = layout_->format.rotate;
-  if (rotate) {
-    ops::rotate_heads(q, q_width, rows, spec_.heads, spec_.head_dim, pool);
-    ops::rotate_heads(k, kv_width, rows, spec_.kv_heads, spec_.head_dim, pool);
-    ops::rotate_heads(v, kv_width, rows, spec_.kv_heads, spec_.head_dim, pool);
-  }
-
-  items->clear();
-  for (const KvSegment& s : segments) {
-    const ops::KvView view{.layout = layout_, .pages = s.pages, .length = s.begin + s.rows};
-    append_({.k = k + s.row * kv_width,
-             .v = v + s.row * kv_width,
-             .k_stride = kv_width,
-             .v_stride = kv_width,
-             .rows = s.rows,
-             .begin = s.begin,
-             .kv = view},
-            pool);
-    items->push_back({.q = q + s.row * q_width,
-                      .q_stride = q_width,
-                      .out = out + s.row * q_width,
-                      .out_stride = q_width,
-                      .rows = s.rows,
-                      .begin = s.begin,
-                      .heads = spec_.heads,
-                      .scale = spec_.scale,
-                      .kv = view,
-                      .exact = exact_});
-  }
-  attention_(*items, pool);
-  if (rotate) ops::rotate_heads(out, q_width, rows, spec_.heads, spec_.head_dim, pool);
-  o_->run(out, q_width, rows, x, hidden_, true, pool);
-}
-
-void DecoderAttention::queries(const float* x, int64_t rows, const int32_t* positions, float* q,
-                               float* scratch, ThreadPool& pool) const {
-  const int64_t q_width = int64_t{spec_.heads} * spec_.head_dim;
-  norm_->run(x, scratch, rows, pool);
-  q_->run(scratch, hidden_, rows, q, q_width, false, pool);
-  rope_({.x = q,
-         .stride = q_width,
-         .rows = rows,
-         .heads = spec_.heads,
+         .heads = heads,
          .head_dim = spec_.head_dim,
          .positions = positions,
          .table = rope_table_},
         pool);
   if (layout_->format.rotate)
-    ops::rotate_heads(q, q_width, rows, spec_.heads, spec_.head_dim, pool);
+    ops::rotate_heads(rows_of_heads, width, rows, heads, spec_.head_dim, pool);
+}
+
+void DecoderAttention::store(float* k, float* v, int64_t rows, const int32_t* positions,
+                             std::span<const KvSegment> segments, ThreadPool& pool) const {
+  place(k, rows, spec_.kv_heads, positions, pool);
+  if (layout_->format.rotate)
+    ops::rotate_heads(v, kv_width(), rows, spec_.kv_heads, spec_.head_dim, pool);
+  for (const KvSegment& s : segments) {
+    append_({.k = k + s.row * kv_width(),
+             .v = v + s.row * kv_width(),
+             .k_stride = kv_width(),
+             .v_stride = kv_width(),
+             .rows = s.rows,
+             .begin = s.begin,
+             .kv = view(s)},
+            pool);
+  }
+}
+
+void DecoderAttention::mix(const float* q, float* out, float* x, int64_t rows,
+                           std::span<const KvSegment> segments,
+                           std::vector<ops::AttentionArgs>* items, ThreadPool& pool) const {
+  items->clear();
+  for (const KvSegment& s : segments) {
+    items->push_back({.q = q + s.row * q_width(),
+                      .q_stride = q_width(),
+                      .out = out + s.row * q_width(),
+                      .out_stride = q_width(),
+                      .rows = s.rows,
+                      .begin = s.begin,
+                      .heads = spec_.heads,
+                      .scale = spec_.scale,
+                      .kv = view(s),
+                      .exact = exact_});
+  }
+  attention_(*items, pool);
+  if (layout_->format.rotate)
+    ops::rotate_heads(out, q_width(), rows, spec_.heads, spec_.head_dim, pool);
+  o_->run(out, q_width(), rows, x, hidden_, true, pool);
+}
+
+void DecoderAttention::forward(float* x, int64_t rows, const int32_t* positions,
+                               std::span<const KvSegment> segments, float* scratch,
+                               std::vector<ops::AttentionArgs>* items, ThreadPool& pool) const {
+  float* normed = scratch;
+  float* q = normed + rows * hidden_;
+  float* k = q + rows * q_width();
+  float* v = k + rows * kv_width();
+  float* out = v + rows * kv_width();
+  norm_->run(x, normed, rows, pool);
+  // Together they quantize their common input once.
+  const Linear* const linears[] = {&*q_, &*k_, &*v_};
+  ops::LinearArgs list[] = {q_->args(normed, hidden_, rows, q, q_width()),
+                            k_->args(normed, hidden_, rows, k, kv_width()),
+                            v_->args(normed, hidden_, rows, v, kv_width())};
+  run_together(linears, list, pool);
+  place(q, rows, spec_.heads, positions, pool);
+  store(k, v, rows, positions, segments, pool);
+  mix(q, out, x, rows, segments, items, pool);
+}
+
+void DecoderAttention::append(const float* x, int64_t rows, const int32_t* positions,
+                              std::span<const KvSegment> segments, float* scratch,
+                              ThreadPool& pool) const {
+  float* normed = scratch;
+  float* k = normed + rows * hidden_;
+  float* v = k + rows * kv_width();
+  norm_->run(x, normed, rows, pool);
+  const Linear* const linears[] = {&*k_, &*v_};
+  ops::LinearArgs list[] = {k_->args(normed, hidden_, rows, k, kv_width()),
+                            v_->args(normed, hidden_, rows, v, kv_width())};
+  run_together(linears, list, pool);
+  store(k, v, rows, positions, segments, pool);
+}
+
+void DecoderAttention::attend(float* x, int64_t rows, const int32_t* positions,
+                              std::span<const KvSegment> segments, float* scratch,
+                              std::vector<ops::AttentionArgs>* items, ThreadPool& pool) const {
+  float* q = scratch + rows * hidden_;
+  queries(x, rows, positions, q, scratch, pool);
+  mix(q, q + rows * q_width(), x, rows, segments, items, pool);
+}
+
+void DecoderAttention::queries(const float* x, int64_t rows, const int32_t* positions, float* q,
+                               float* scratch, ThreadPool& pool) const {
+  norm_->run(x, scratch, rows, pool);
+  q_->run(scratch, hidden_, rows, q, q_width(), false, pool);
+  place(q, rows, spec_.heads, positions, pool);
 }
 
 void DecoderAttention::importance(const float* q, int count, std::byte* const* pages,
                                   int64_t length, float* out, ThreadPool& pool) const {
   importance_({.q = q,
-               .q_stride = int64_t{spec_.heads} * spec_.head_dim,
+               .q_stride = q_width(),
                .queries = count,
                .heads = spec_.heads,
                .scale = spec_.scale,

@@ -32,6 +32,14 @@ class DecoderAttention {
                std::span<const KvSegment> segments, float* scratch,
                std::vector<ops::AttentionArgs>* items, ThreadPool& pool) const;
 
+  // forward() in two steps, for a layer of which only some rows are read afterwards: append() of
+  // all rows, then attend() of those, whose segments begin behind the rows that have been left out.
+  // The same bits as forward() for the rows that are there.
+  void append(const float* x, int64_t rows, const int32_t* positions,
+              std::span<const KvSegment> segments, float* scratch, ThreadPool& pool) const;
+  void attend(float* x, int64_t rows, const int32_t* positions, std::span<const KvSegment> segments,
+              float* scratch, std::vector<ops::AttentionArgs>* items, ThreadPool& pool) const;
+
   // Queries (after rope) of x[rows, hidden] into q[rows, heads*head_dim], for importance().
   // scratch: rows * hidden.
   void queries(const float* x, int64_t rows, const int32_t* positions, float* q, float* scratch,
@@ -42,6 +50,21 @@ class DecoderAttention {
                   ThreadPool& pool) const;
 
  private:
+  int64_t q_width() const { return int64_t{spec_.heads} * spec_.head_dim; }
+  int64_t kv_width() const { return int64_t{spec_.kv_heads} * spec_.head_dim; }
+  ops::KvView view(const KvSegment& segment) const {
+    return {.layout = layout_, .pages = segment.pages, .length = segment.begin + segment.rows};
+  }
+  // What follows the projections: queries or keys take their positions, ...
+  void place(float* rows_of_heads, int64_t rows, int heads, const int32_t* positions,
+             ThreadPool& pool) const;
+  // ... keys and values go to the pages, ...
+  void store(float* k, float* v, int64_t rows, const int32_t* positions,
+             std::span<const KvSegment> segments, ThreadPool& pool) const;
+  // ... and x += o(attention of q); `out` is scratch like q.
+  void mix(const float* q, float* out, float* x, int64_t rows, std::span<const KvSegment> segments,
+           std::vector<ops::AttentionArgs>* items, ThreadPool& pool) const;
+
   model::AttentionSpec spec_;
   int hidden_ = 0;
   const quant::KvPageLayout* layout_ = nullptr;

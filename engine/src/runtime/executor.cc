@@ -21,6 +21,13 @@ int64_t frames_per_batch(const blocks::Vision& vision, int64_t chunk_rows) {
   return std::max<int64_t>(1, 2 * chunk_rows / vision.patches());
 }
 
+// Rows of an item that logits are made of: nothing reads the others after the last layer.
+constexpr auto rows_read = [](const BatchItem& item) -> int64_t {
+  const Sequence& sequence = *item.sequence;
+  if (sequence.phase == Phase::kDecode || sequence.request.return_prompt_logits) return item.rows;
+  return sequence.prefilled + item.rows == sequence.prompt.rows() ? 1 : 0;
+};
+
 int64_t scratch_floats(const blocks::Decoder& decoder, const blocks::Vision* vision,
                        int64_t chunk_rows, int64_t max_rows) {
   int64_t floats = decoder.scratch_floats(max_rows);
@@ -205,13 +212,28 @@ Result<bool> Executor::layer_unit(Sequence& sequence, LogitsFn on_logits) {
                             state.positions.data() + first, q.data(), scratch_.data(), pool_);
   }
 
+  // After the last layer only the last row is read, unless a reduction looks at the others.
+  const bool last_layer = layer_index + 1 == decoder_.spec().layers;
+  const bool read_all = !last_layer || !state.stage->finished();
   for (int64_t begin = 0; begin < state.rows; begin += chunk_rows_) {
     const int64_t rows = std::min(chunk_rows_, state.rows - begin);
     append_rows(sequence, static_cast<size_t>(layer_index), rows);
     const blocks::KvSegment segment{.row = 0, .rows = rows, .begin = begin, .pages = table.pages()};
-    layer.attention.forward(state.x.data() + begin * hidden, rows, state.positions.data() + begin,
-                            {&segment, 1}, scratch_.data(), &attention_items_, pool_);
+    float* const x = state.x.data() + begin * hidden;
+    const int32_t* const positions = state.positions.data() + begin;
+    if (read_all) {
+      layer.attention.forward(x, rows, positions, {&segment, 1}, scratch_.data(), &attention_items_,
+                              pool_);
+    } else {
+      layer.attention.append(x, rows, positions, {&segment, 1}, scratch_.data(), pool_);
+    }
     if (sequence.cancelled()) return false;
+  }
+  if (!read_all) {
+    const int64_t begin = state.rows - 1;
+    const blocks::KvSegment segment{.row = 0, .rows = 1, .begin = begin, .pages = table.pages()};
+    layer.attention.attend(state.x.data() + begin * hidden, 1, state.positions.data() + begin,
+                           {&segment, 1}, scratch_.data(), &attention_items_, pool_);
   }
 
   const float* importance = nullptr;
@@ -223,8 +245,6 @@ Result<bool> Executor::layer_unit(Sequence& sequence, LogitsFn on_logits) {
   }
   reduce(sequence, layer_index + 1, importance);
 
-  // After the last layer only the last row is read.
-  const bool last_layer = layer_index + 1 == decoder_.spec().layers;
   for (int64_t begin = last_layer ? state.rows - 1 : 0; begin < state.rows; begin += chunk_rows_) {
     const int64_t rows = std::min(chunk_rows_, state.rows - begin);
     layer.mlp.forward(state.x.data() + begin * hidden, rows, scratch_.data(), pool_);
@@ -248,24 +268,40 @@ Result<bool> Executor::layer_unit(Sequence& sequence, LogitsFn on_logits) {
 // ---------------------------------------------------------------------------------------------------------------
 // Token-major pass
 
-int64_t Executor::drop_cancelled(std::span<BatchItem> items) {
+int64_t Executor::compact(std::span<BatchItem> items, FunctionRef<int64_t(const BatchItem&)> keep) {
   const int64_t hidden = decoder_.spec().hidden;
   int64_t out = 0;
   for (BatchItem& item : items) {
     if (item.dropped) continue;
-    if (item.sequence->cancelled()) {
-      item.dropped = true;
-      continue;
+    const int64_t kept = keep(item);
+    const int64_t from = item.row + item.live - kept;
+    if (from != out) {
+      std::memmove(x_.data() + out * hidden, x_.data() + from * hidden,
+                   static_cast<size_t>(kept * hidden) * sizeof(float));
+      std::copy_n(positions_.begin() + from, kept, positions_.begin() + out);
     }
-    if (item.row != out) {
-      std::memmove(x_.data() + out * hidden, x_.data() + item.row * hidden,
-                   static_cast<size_t>(item.rows * hidden) * sizeof(float));
-      std::copy_n(positions_.begin() + item.row, item.rows, positions_.begin() + out);
-      item.row = out;
-    }
-    out += item.rows;
+    item.row = out;
+    item.live = kept;
+    out += kept;
   }
   return out;
+}
+
+int64_t Executor::drop_cancelled(std::span<BatchItem> items) {
+  for (BatchItem& item : items) item.dropped = item.dropped || item.sequence->cancelled();
+  return compact(items, [](const BatchItem& item) { return item.live; });
+}
+
+void Executor::set_segments(std::span<const BatchItem> items, size_t layer) {
+  segments_.clear();
+  for (const BatchItem& item : items) {
+    if (item.dropped || item.live == 0) continue;
+    const kv::PageTable& table = item.sequence->tables[layer];
+    segments_.push_back({.row = item.row,
+                         .rows = item.live,
+                         .begin = table.length() - item.live,
+                         .pages = table.pages()});
+  }
 }
 
 void Executor::collect_prompt_logits(const BatchItem& item) {
@@ -288,6 +324,7 @@ void Executor::token_pass(std::span<BatchItem> items, LogitsFn on_logits) {
   for (BatchItem& item : items) {
     const Sequence& sequence = *item.sequence;
     item.row = rows;
+    item.live = item.rows;
     for (int64_t i = 0; i < item.rows; ++i) {
       float* out = x_.data() + (rows + i) * hidden;
       if (sequence.phase == Phase::kDecode) {
@@ -305,18 +342,25 @@ void Executor::token_pass(std::span<BatchItem> items, LogitsFn on_logits) {
   for (size_t l = 0; l < decoder_.layers().size(); ++l) {
     rows = drop_cancelled(items);
     if (rows == 0) return;
-    segments_.clear();
-    for (BatchItem& item : items) {
+    int64_t read = 0;
+    for (const BatchItem& item : items) {
       if (item.dropped) continue;
-      kv::PageTable& table = item.sequence->tables[l];
-      const int64_t begin = table.length();
       append_rows(*item.sequence, l, item.rows);
-      segments_.push_back(
-          {.row = item.row, .rows = item.rows, .begin = begin, .pages = table.pages()});
+      read += rows_read(item);
     }
+    set_segments(items, l);
     const blocks::DecoderLayer& layer = decoder_.layers()[l];
-    layer.attention.forward(x_.data(), rows, positions_.data(), segments_, scratch_.data(),
-                            &attention_items_, pool_);
+    if (l + 1 < decoder_.layers().size() || read == rows) {
+      layer.attention.forward(x_.data(), rows, positions_.data(), segments_, scratch_.data(),
+                              &attention_items_, pool_);
+    } else {
+      layer.attention.append(x_.data(), rows, positions_.data(), segments_, scratch_.data(), pool_);
+      rows = compact(items, rows_read);
+      if (rows == 0) break;
+      set_segments(items, l);
+      layer.attention.attend(x_.data(), rows, positions_.data(), segments_, scratch_.data(),
+                             &attention_items_, pool_);
+    }
     layer.mlp.forward(x_.data(), rows, scratch_.data(), pool_);
   }
 
@@ -349,7 +393,7 @@ void Executor::token_pass(std::span<BatchItem> items, LogitsFn on_logits) {
       }
       sequence.media_rows = {};
     }
-    std::memcpy(head_rows_.data() + count * hidden, x_.data() + (item.row + item.rows - 1) * hidden,
+    std::memcpy(head_rows_.data() + count * hidden, x_.data() + (item.row + item.live - 1) * hidden,
                 static_cast<size_t>(hidden) * sizeof(float));
     pending[count++] = &item;
     if (count == kHeadRows) flush();

@@ -21,6 +21,7 @@ struct BatchItem {
   int64_t rows = 0;  // 1 when decoding, else prompt rows from sequence->prefilled on
   // Set by the pass:
   int64_t row = 0;       // first row in the batch
+  int64_t live = 0;      // rows there: all, and in the end those that logits are made of
   bool dropped = false;  // cancelled on the way: no result
 };
 
@@ -56,8 +57,12 @@ class Executor {
   void fill_row(const Sequence& sequence, int64_t prompt_row, float* out) const;
   Status begin_layer_major(Sequence& sequence);
   void reduce(Sequence& sequence, int call, const float* importance);
+  // Keeps the last keep(item) live rows of each item and moves them together; returns their number.
+  int64_t compact(std::span<BatchItem> items, FunctionRef<int64_t(const BatchItem&)> keep);
   // Takes rows of cancelled sequences out of the batch; returns the rows left.
   int64_t drop_cancelled(std::span<BatchItem> items);
+  // segments_: the live rows, whose tokens are the last ones of the layer's KV.
+  void set_segments(std::span<const BatchItem> items, size_t layer);
   void collect_prompt_logits(const BatchItem& item);
   void begin_vision_batch(Sequence& sequence);
   void end_vision_batch(Sequence& sequence);

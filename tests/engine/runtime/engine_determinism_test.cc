@@ -90,6 +90,31 @@ TEST_F(EngineDeterminism, FeedingTheAnswerAsPromptGivesTheSameLogits) {
   EXPECT_EQ(tail, answer.logits);
 }
 
+TEST_F(EngineDeterminism, RowsWithoutLogitsMayBeLeftOutOfTheLastLayer) {
+  // With prompt logits every row goes through the whole last layer, without them only the last one
+  // does: the same answer, from the same keys and values.
+  for (const char* kv : {"kv32", "k8v4", "kv4+rotate", "kv6+ends16"}) {
+    for (const int chunk : {256, 17, 1}) {
+      SCOPED_TRACE(std::string(kv) + ", chunk " + std::to_string(chunk));
+      EngineOptions options = manual();
+      options.kv = kv;
+      options.chunk_rows = chunk;
+      auto engine = make(options);
+      for (Request request : {text_request(70, 21), video_request(5, 22, false)}) {
+        const Answer answer = run(*engine, request);
+        request.return_prompt_logits = true;
+        const Answer all = run(*engine, request);
+        expect_same(answer, all);
+        const auto vocab = static_cast<ptrdiff_t>(tiny_.vocab);
+        ASSERT_GE(all.prompt_logits.size(), static_cast<size_t>(vocab));
+        EXPECT_TRUE(std::equal(answer.logits.begin(), answer.logits.begin() + vocab,
+                               all.prompt_logits.end() - vocab));
+      }
+      expect_nothing_leaked(*engine);
+    }
+  }
+}
+
 TEST_F(EngineDeterminism, CostOneEqualsNoReduction) {
   auto engine = make(manual());
   Request on = video_request(6, 12, true);
@@ -100,6 +125,43 @@ TEST_F(EngineDeterminism, CostOneEqualsNoReduction) {
   const Answer b = run(*engine, off);
   EXPECT_EQ(a.logits, b.logits);
   EXPECT_EQ(a.usage.kept_per_layer, b.usage.kept_per_layer);
+}
+
+TEST_F(EngineDeterminism, AReductionThatGoesOnInTheLastLayerSeesWhatItDidToEveryRow) {
+  // Decisions after the last layer are those that a deeper model takes after the same layer, where
+  // every row goes on.
+  const auto decisions = [&](int layers) {
+    TinyModelOptions options;
+    options.layers = layers;
+    open(options);
+    Request request = text_request(7, 31);
+    request.prompt.insert(request.prompt.begin() + 2, kMediaToken);
+    Media media;
+    media.kind = MediaKind::kEmbedding;
+    media.rows = 120;
+    std::mt19937 rng(32);
+    std::normal_distribution<float> normal;
+    for (int row = 0; row < media.rows; ++row) {
+      media.slots.push_back(row % 10);
+      for (int i = 0; i < options.hidden; ++i) media.data.push_back(normal(rng));
+    }
+    request.media.push_back(std::move(media));
+    // Merging never ends by itself: not for want of pairs, and the budget is that of many layers.
+    request.reduction.framefusion = FrameFusionOptions{
+        .cost = 0.2, .similarity_lower_bound = 0.2, .ratio_lower_bound = 0.0, .budget_layers = 40};
+    return run(*make(manual()), request).usage.reduction.calls;
+  };
+  const auto calls = decisions(3);
+  const auto deeper = decisions(4);
+  ASSERT_EQ(calls.size(), 4u);
+  ASSERT_EQ(deeper.size(), 5u);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    SCOPED_TRACE("call " + std::to_string(i));
+    EXPECT_EQ(calls[i].branch, "merge_continue");
+    EXPECT_GT(calls[i].merged, 0);
+    EXPECT_EQ(calls[i].merged, deeper[i].merged);
+    EXPECT_EQ(calls[i].rows_out, deeper[i].rows_out);
+  }
 }
 
 TEST_F(EngineDeterminism, SeededSamplingRepeatsAndSeedsDiffer) {
