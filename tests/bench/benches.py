@@ -335,6 +335,10 @@ def video(p: Programs, activations: str) -> list[Bench]:
     options = {"frames": 1, "activations": activations}  # as many as the engine takes at once
     label = f"w4g128 {activations}"
     projector.add("ours", _engine(p, label, "llava-video-1l", "w4g128", "projector", **options))
+    tower = Bench("video-tower", "llama.cpp's tower, 26 layers, a small projector", "s/frame", [],
+                  higher_is_better=False)  # fmt: skip
+    for kind in ("f16", "q8_0", "q4_0"):
+        tower.add("peer", lambda kind=kind: p.llama_tower(kind))
     language = Bench("video-llm-28l", f"{rows} rows, then 64 tokens, 7B", "s", [],
                      higher_is_better=False)  # fmt: skip
     for cost in (1.0, 0.3):
@@ -350,7 +354,7 @@ def video(p: Programs, activations: str) -> list[Bench]:
 
     llama("prefill", p=rows, n=0)
     llama("decode", p=0, n=16, d=rows)
-    return [decoding, projector, language]
+    return [decoding, tower, projector, language]
 
 
 def load(p: Programs) -> Bench:

@@ -2,6 +2,7 @@
 
     models.py ours NAME FORMAT DIRECTORY     a Framequilt model directory
     models.py gguf NAME TYPE FILE            f16, q8_0, q4_0, q4_k_m; needs gguf
+    models.py mmproj TYPE WIDTH FILE         llama.cpp's tower: f16, q8_0, q4_0; needs gguf
     models.py hf NAME DIRECTORY [DTYPE]      F16 (default) or BF16 safetensors; needs tokenizers
     models.py onnx FILE                      the tower in float32; needs onnx
 
@@ -184,6 +185,64 @@ PREPROCESSOR = {
 # GGUF --------------------------------------------------------------------------------------------
 
 
+class _GgufTensors:
+    """Random tensors of GGUF types, equal ones once."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+        self.pool = Pool()
+        self.cache: dict[Any, NDArray[Any]] = {}
+
+    def _values(self, out: int, inputs: int, kind: Any) -> NDArray[Any]:
+        import gguf
+
+        quant = gguf.GGMLQuantizationType
+        if kind in (quant.F32, quant.F16):
+            values = self.pool.normal(out, inputs)
+            return values if kind == quant.F32 else values.astype(np.float16)
+        blocks = out * inputs // (256 if kind in (quant.Q4_K, quant.Q6_K) else 32)
+
+        def half(value: float) -> NDArray[np.uint8]:
+            return np.full((blocks, 1), value, np.float16).view(np.uint8).reshape(blocks, 2)
+
+        def some(width: int) -> NDArray[np.uint8]:
+            return self.pool.bytes(blocks * width).reshape(blocks, width)
+
+        parts = {
+            quant.Q4_0: lambda: [half(DEVIATION / 4.6), some(16)],
+            quant.Q8_0: lambda: [half(DEVIATION / 74), some(32)],
+            quant.Q4_K: lambda: [half(DEVIATION / 150), half(DEVIATION / 20), some(140)],
+            quant.Q6_K: lambda: [some(208), half(DEVIATION / 1300)],
+        }[kind]()
+        return np.concatenate(parts, axis=1).reshape(out, -1)
+
+    def linear(self, tensor: str, out: int, inputs: int, kind: Any) -> None:
+        """In another type where the width does not fit `kind`, as llama-quantize does it."""
+        import gguf
+
+        quant = gguf.GGMLQuantizationType
+        if kind in (quant.Q4_K, quant.Q6_K) and inputs % 256:
+            kind = quant.Q8_0
+        if kind in (quant.Q4_0, quant.Q8_0) and inputs % 32:
+            kind = quant.F16
+        key = (out, inputs, kind)
+        if key not in self.cache:
+            self.cache[key] = self._values(*key)
+        data = self.cache[key]
+        self.writer.add_tensor(tensor, data, raw_dtype=kind if data.dtype == np.uint8 else None)
+
+    def vector(self, tensor: str, width: int, value: float) -> None:
+        """Float32, all the same."""
+        self.writer.add_tensor(tensor, np.full(width, value, np.float32))
+
+    def write(self) -> None:
+        """The file, with what was added."""
+        self.writer.write_header_to_file()
+        self.writer.write_kv_data_to_file()
+        self.writer.write_tensors_to_file()
+        self.writer.close()
+
+
 def write_gguf(name: str, kind: str, destination: Path) -> None:
     """A GGUF file with the tensor types that llama-quantize would choose for `kind`."""
     import gguf
@@ -195,37 +254,6 @@ def write_gguf(name: str, kind: str, destination: Path) -> None:
         "q4_k_m": quant.Q4_K,
     }[kind]  # fmt: skip
     better = quant.Q6_K if kind in ("q4_0", "q4_k_m") else main
-    pool = Pool()
-    cache: dict[Any, NDArray[Any]] = {}
-
-    def half(blocks: int, value: float) -> NDArray[np.uint8]:
-        return np.full((blocks, 1), value, np.float16).view(np.uint8).reshape(blocks, 2)
-
-    def rows(out: int, inputs: int, kind: Any) -> NDArray[Any]:
-        key = (out, inputs, kind)
-        if key not in cache:
-            count = out * inputs
-
-            def some(blocks: int, width: int) -> NDArray[np.uint8]:
-                return pool.bytes(blocks * width).reshape(blocks, width)
-
-            if kind in (quant.F32, quant.F16):
-                values = pool.normal(out, inputs)
-                cache[key] = values if kind == quant.F32 else values.astype(np.float16)
-            else:
-                blocks = count // (256 if kind in (quant.Q4_K, quant.Q6_K) else 32)
-                parts = {
-                    quant.Q4_0: lambda: [half(blocks, DEVIATION / 4.6), some(blocks, 16)],
-                    quant.Q8_0: lambda: [half(blocks, DEVIATION / 74), some(blocks, 32)],
-                    quant.Q4_K: lambda: [
-                        half(blocks, DEVIATION / 150), half(blocks, DEVIATION / 20),
-                        some(blocks, 140),
-                    ],
-                    quant.Q6_K: lambda: [some(blocks, 208), half(blocks, DEVIATION / 1300)],
-                }[kind]()  # fmt: skip
-                cache[key] = np.concatenate(parts, axis=1).reshape(out, -1)
-        return cache[key]
-
     writer = gguf.GGUFWriter(str(destination), "qwen2" if shape.bias else "llama")
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
@@ -239,12 +267,8 @@ def write_gguf(name: str, kind: str, destination: Path) -> None:
     writer.add_vocab_size(shape.vocab)
     writer.add_tokenizer_model("no_vocab")
 
-    def linear(tensor: str, out: int, inputs: int, kind: Any) -> None:
-        if kind in (quant.Q4_K, quant.Q6_K) and inputs % 256:
-            kind = quant.Q8_0
-        data = rows(out, inputs, kind)
-        writer.add_tensor(tensor, data, raw_dtype=kind if data.dtype == np.uint8 else None)
-
+    tensors = _GgufTensors(writer)
+    linear = tensors.linear
     linear("token_embd.weight", shape.vocab, shape.hidden, better if shape.tied else main)
     kv = shape.kv_heads * shape.head_dim
     for i in range(shape.layers):
@@ -254,7 +278,7 @@ def write_gguf(name: str, kind: str, destination: Path) -> None:
             i < last // 8 or i >= 7 * last // 8 or (i - last // 8) % 3 == 2
         )
         for norm in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"{at}{norm}.weight", np.ones(shape.hidden, np.float32))
+            tensors.vector(f"{at}{norm}.weight", shape.hidden, 1.0)
         for part, out, choice in (
             ("q", shape.hidden, main),
             ("k", kv, main),
@@ -262,18 +286,69 @@ def write_gguf(name: str, kind: str, destination: Path) -> None:
         ):
             linear(f"{at}attn_{part}.weight", out, shape.hidden, choice)
             if shape.bias:
-                writer.add_tensor(f"{at}attn_{part}.bias", np.zeros(out, np.float32))
+                tensors.vector(f"{at}attn_{part}.bias", out, 0.0)
         linear(f"{at}attn_output.weight", shape.hidden, shape.hidden, main)
         linear(f"{at}ffn_gate.weight", shape.mlp, shape.hidden, main)
         linear(f"{at}ffn_up.weight", shape.mlp, shape.hidden, main)
         linear(f"{at}ffn_down.weight", shape.hidden, shape.mlp, better if extra else main)
-    writer.add_tensor("output_norm.weight", np.ones(shape.hidden, np.float32))
+    tensors.vector("output_norm.weight", shape.hidden, 1.0)
     if not shape.tied:
         linear("output.weight", shape.vocab, shape.hidden, better)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tensors.write()
+
+
+def write_mmproj(
+    kind: str, destination: Path, width: int, tower: TowerShape = SIGLIP_SO400M
+) -> None:
+    """llama.cpp's tower, with a projector to rows of `width` numbers.
+
+    As for LLaVA: it leaves out the last layer, which such models do not read.
+    """
+    import gguf
+
+    quant = gguf.GGMLQuantizationType
+    main = {"f16": quant.F16, "q8_0": quant.Q8_0, "q4_0": quant.Q4_0}[kind]
+    writer = gguf.GGUFWriter(str(destination), "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", True)
+    numbers = {
+        "image_size": tower.image,
+        "patch_size": tower.patch,
+        "embedding_length": tower.hidden,
+        "feed_forward_length": tower.mlp,
+        "block_count": tower.layers,
+        "attention.head_count": tower.heads,
+        "projection_dim": width,
+    }
+    for key, number in numbers.items():
+        writer.add_uint32(f"clip.vision.{key}", number)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
+    for key in ("image_mean", "image_std"):
+        writer.add_array(f"clip.vision.{key}", [0.5] * 3)
+
+    tensors = _GgufTensors(writer)
+
+    def linear(name: str, out: int, inputs: int) -> None:
+        tensors.linear(f"{name}.weight", out, inputs, main)
+        tensors.vector(f"{name}.bias", out, 0.0)
+
+    pixels = (tower.hidden, 3, tower.patch, tower.patch)
+    writer.add_tensor("v.patch_embd.weight", tensors.pool.normal(*pixels).astype(np.float16))
+    tensors.vector("v.patch_embd.bias", tower.hidden, 0.0)
+    writer.add_tensor("v.position_embd.weight", tensors.pool.normal(tower.patches, tower.hidden))
+    for i in range(tower.layers):
+        at = f"v.blk.{i}."
+        for norm in ("ln1", "ln2"):
+            tensors.vector(f"{at}{norm}.weight", tower.hidden, 1.0)
+            tensors.vector(f"{at}{norm}.bias", tower.hidden, 0.0)
+        for part in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            linear(f"{at}{part}", tower.hidden, tower.hidden)
+        linear(f"{at}ffn_up", tower.mlp, tower.hidden)
+        linear(f"{at}ffn_down", tower.hidden, tower.mlp)
+    linear("mm.0", width, tower.hidden)
+    linear("mm.2", width, width)
+    tensors.write()
 
 
 # Hugging Face (for converters of peers) ----------------------------------------------------------
@@ -475,6 +550,8 @@ def main(arguments: list[str]) -> int:
         write_ours(arguments[1], arguments[2], Path(arguments[3]))
     elif len(arguments) == 4 and arguments[0] == "gguf":
         write_gguf(arguments[1], arguments[2], Path(arguments[3]))
+    elif len(arguments) == 4 and arguments[0] == "mmproj":
+        write_mmproj(arguments[1], Path(arguments[3]), int(arguments[2]))
     elif len(arguments) in (3, 4) and arguments[0] == "hf":
         write_hf(arguments[1], Path(arguments[2]), *arguments[3:])
     elif len(arguments) == 2 and arguments[0] == "onnx":

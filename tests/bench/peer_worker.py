@@ -5,6 +5,7 @@
     peer_worker.py ort MODEL.onnx FRAMES
     peer_worker.py ort-quantize MODEL.onnx MODEL.int8.onnx
     peer_worker.py torch-tower float32|bfloat16 FRAMES
+    peer_worker.py mtmd PROGRAM MODEL.gguf MMPROJ.gguf
 
 Runs in the peers' own environment: nothing of Framequilt is imported. A warm-up comes first. A
 decode rate is the tokens after the first one over the time they took: generation of all minus
@@ -15,8 +16,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 THREADS = int(os.environ.get("BENCH_THREADS", "2"))
@@ -125,6 +130,24 @@ def torch_tower(dtype: str, frames: int) -> None:
     timed(run, frames)
 
 
+def mtmd(program: str, model: str, mmproj: str) -> None:
+    """The tower and projector in llama.cpp: the second of two frames, encoded one by one."""
+    with tempfile.TemporaryDirectory() as folder:
+        frame = Path(folder) / "frame.ppm"
+        pixels = np.random.default_rng(0).integers(0, 256, 384 * 384 * 3, dtype=np.uint8)
+        frame.write_bytes(b"P6 384 384 255\n" + pixels.tobytes())
+        command = [program, "-m", model, "--mmproj", mmproj, "-t", str(THREADS), "-c", "4096"]
+        command += ["--image", str(frame), "--image", str(frame), "-n", "1"]
+        command += ["-p", "<__media__> and <__media__> again"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    frames = re.findall(r"encoding mtmd batch, n_chunks = (\d+)", said)
+    milliseconds = re.findall(r"batch encoding done in (\d+) ms", said)
+    if done.returncode or frames != ["1", "1"] or len(milliseconds) != 2:
+        sys.exit(f"{program} did not encode two frames: {said[-300:]}")
+    emit(1e-3 * int(milliseconds[1]), "s/frame")
+
+
 def main(arguments: list[str]) -> None:
     """Runs one of the commands of the module's text."""
     kind, rest = arguments[0], arguments[1:]
@@ -134,6 +157,8 @@ def main(arguments: list[str]) -> None:
         onnxruntime(rest[0], int(rest[1]))
     elif kind == "ort-quantize":
         quantize(rest[0], rest[1])
+    elif kind == "mtmd":
+        mtmd(*rest)
     elif kind == "torch-tower":
         torch_tower(rest[0], int(rest[1]))
     else:

@@ -1,8 +1,9 @@
 """The programs that are compared: ours and the peers', and the model files they need.
 
-A folder for peers holds llama/bin (llama-bench, llama-batched-bench, llama-quantize), venv (torch,
-ctranslate2, onnxruntime, onnx, gguf) and models; README.md says how to fill it. What is missing
-there makes rows without a peer, never a failure. Models are made on first use.
+A folder for peers holds llama/bin (llama-bench, llama-batched-bench, llama-mtmd-cli,
+llama-quantize), venv (torch, ctranslate2, onnxruntime, onnx, gguf) and models; README.md says how
+to fill it. What is missing there makes rows without a peer, never a failure. Models are made on
+first use.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import Runner, last_json
+from shapes import DECODERS
 
 HERE = Path(__file__).parent
 MODELS = HERE / "models.py"
@@ -112,6 +114,12 @@ class Programs:
         tool = self._llama_program("llama-quantize")
         command = [tool, "--allow-requantize", self._smollm2()]
         return self._made(path, lambda to: run([*command, to, kind.upper(), "2"], {}))
+
+    def mmproj(self, kind: str) -> Path:
+        """llama.cpp's tower, for SmolLM2, whose file has the vocabulary that its program needs."""
+        width = str(DECODERS["smollm2-135m"].hidden)
+        path = self.models / f"siglip-{kind}.gguf"
+        return self._made(path, lambda to: self._python(["mmproj", kind, width, to]))
 
     def hf(self, name: str) -> Path:
         """A checkpoint folder for converters of peers."""
@@ -231,6 +239,12 @@ class Programs:
 
         work = batch * (tokens - less)
         return Runner(label, command(tokens), _llama, (), command(less), work)
+
+    def llama_tower(self, kind: str) -> Runner:
+        """llama.cpp's tower: seconds of a frame."""
+        program = self._llama_program("llama-mtmd-cli")
+        model = self.gguf("smollm2-135m", "q4_1")
+        return self.worker(f"llama.cpp {kind}", "mtmd", program, model, self.mmproj(kind))
 
     def worker(
         self,

@@ -201,6 +201,7 @@ def test_the_budget_takes_from_earlier_calls_what_is_missing_and_says_so() -> No
     first = _call(
         {
             "tower": [_series("w4g128 a8 attention a8", [2.0]), _series("onnxruntime int8", [3.0])],
+            "video-tower": [_series("llama.cpp f16", [6.0]), _series("llama.cpp q8_0", [5.0])],
             "video-llm-28l": [plain, reduced, *peers],
         },
         date="the first day",
@@ -212,14 +213,23 @@ def test_the_budget_takes_from_earlier_calls_what_is_missing_and_says_so() -> No
     }
     merged = merging.merge(first, _call(parts))
     *listed, total = report.budget(merging.series_of(merged), merging.earlier(merged))
-    assert [[stage[key] for key in ("ours", "reduced", "peer")] for stage in listed] == [
-        [0.25, 0.25, 0.25],
-        [pytest.approx(2.0 * 32 * 26 / 27)] * 2 + [pytest.approx(3.0 * 32 * 26 / 27)],
-        [16.0, 16.0, 16.0],
-        [80.0, 7.0, pytest.approx(100.0)],
-        [10.0, 2.0, pytest.approx(20.0)],
+    shallower = pytest.approx(2.0 * 32 * 26 / 27)
+    assert [[stage[side] for side in report.SIDES] for stage in listed] == [
+        [0.25] * 4,
+        [shallower, shallower, 5.0 * 32, pytest.approx(3.0 * 32 * 26 / 27)],
+        [16.0] * 4,
+        [80.0, 7.0, pytest.approx(100.0), pytest.approx(100.0)],
+        [10.0, 2.0, pytest.approx(20.0), pytest.approx(20.0)],
     ]
     assert total["reduced"] == pytest.approx(sum(stage["reduced"] for stage in listed))
+    text = report.markdown(merged | {"rows": [], "budget": [*listed, total]})
+    sums = total["llama"] / total["ours"], total["llama"] / total["reduced"]
+    assert f"{sums[0]:.2f}x llama.cpp's parts without reduction, {sums[1]:.2f}x " in text
+    assert "(target 8x: **missed**)" in text
+    quick = [{"stage": "sum", "how": "", "ours": 60, "reduced": 10, "llama": 80, "peer": 70}]
+    text = report.markdown(merged | {"rows": [], "budget": quick})
+    assert "1.33x llama.cpp's parts without" in text
+    assert "8.00x llama.cpp's parts with reduction (target 8x: reached), 7.00x with" in text
     stages = {stage["stage"]: stage["how"] for stage in listed}
     assert "from the run" not in stages["decode and resize frames"] + stages["projector"]
     for name in ("vision tower", "prompt", "64 tokens"):
@@ -356,6 +366,28 @@ def test_gguf_files_of_peers_are_what_the_gguf_package_reads(kind: str, tmp_path
     values = gguf.quants.dequantize(up.data, up.tensor_type)
     assert values.shape == (128, 64)
     assert np.std(values) == pytest.approx(models.DEVIATION, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+def test_the_tower_of_a_peer_has_the_layers_of_ours(kind: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "tower.gguf"
+    # A width that blocks of 32 do not divide, as that of the so400m.
+    models.write_mmproj(kind, path, 48, replace(models.SIGLIP_SO400M, layers=2, hidden=64, mlp=80))
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    shapes = {"v.blk.1.attn_out": (64, 64), "v.blk.1.ffn_up": (80, 64), "mm.2": (48, 48)}
+    shapes |= {"v.blk.0.ffn_down": (64, 80), "mm.0": (48, 64)}
+    for name, shape in shapes.items():
+        tensor = tensors[f"{name}.weight"]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert values.shape == shape
+        assert np.std(values) == pytest.approx(models.DEVIATION, rel=0.2)
+        assert tensors[f"{name}.bias"].data.shape == shape[:1]
+        wanted = kind if shape[1] % 32 == 0 else "f16"
+        assert tensor.tensor_type.name.lower() == wanted
+    assert tensors["v.position_embd.weight"].data.shape == (27 * 27, 64)
+    assert reader.get_field("clip.vision.block_count").contents() == 2
 
 
 def _series(name: str, values: list[float], others: float = 0.0, **detail: float) -> Series:
