@@ -181,6 +181,8 @@ py::dict usage_to_dict(const Usage& usage) {
   out["prompt_tokens"] = usage.prompt_tokens;
   out["completion_tokens"] = usage.completion_tokens;
   out["visual_tokens"] = usage.visual_tokens;
+  out["frames"] = usage.frames;
+  out["frames_encoded"] = usage.frames_encoded;
   out["kept_per_layer"] = usage.kept_per_layer;
   out["visual_per_layer"] = usage.visual_per_layer;
   out["kv_bytes"] = usage.kv_bytes;

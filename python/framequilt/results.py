@@ -53,6 +53,8 @@ class Timings:
 class Usage:
     """What a request cost. Rows are counted before reduction unless said otherwise.
 
+    `frames` are the frames and tiles of videos and images, `frames_encoded` those that went through
+    the vision tower: a frame that equals the one before it has its rows.
     `kept_per_layer` counts the rows that entered attention of each layer in prefill,
     `visual_per_layer` the visual ones among them. `kv_bytes` are the KV pages held at the end,
     `kv_bytes_unreduced` what they would be with every row kept.
@@ -61,6 +63,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     visual_tokens: int = 0
+    frames: int = 0
+    frames_encoded: int = 0
     kept_per_layer: tuple[int, ...] = ()
     visual_per_layer: tuple[int, ...] = ()
     kv_bytes: int = 0
@@ -77,6 +81,8 @@ class Usage:
             prompt_tokens=int(record["prompt_tokens"]),
             completion_tokens=int(record["completion_tokens"]),
             visual_tokens=int(record["visual_tokens"]),
+            frames=int(record["frames"]),
+            frames_encoded=int(record["frames_encoded"]),
             kept_per_layer=tuple(int(n) for n in record["kept_per_layer"]),
             visual_per_layer=tuple(int(n) for n in record["visual_per_layer"]),
             kv_bytes=int(record["kv_bytes"]),

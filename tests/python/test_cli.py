@@ -23,6 +23,8 @@ USAGE = Usage(
     prompt_tokens=30,
     completion_tokens=3,
     visual_tokens=20,
+    frames=5,
+    frames_encoded=3,
     kept_per_layer=(30, 16),
     visual_per_layer=(20, 6),
     kv_bytes=1536,
@@ -126,6 +128,7 @@ def test_ask_streams_the_answer_and_shows_the_cost_beside_it(fake):
     assert done.stdout == "Hello world\n"
     told = plain(done.stderr)
     assert "30 rows, 20 of them visual" in told and "31.0% of visual work" in told
+    assert "5, 2 of them unchanged and not encoded again" in told
     assert "6 of 20 visual rows" in told and "1.5 KiB (4.0 KiB without reduction)" in told
     (engine,) = fake.made
     (request,) = engine.requests

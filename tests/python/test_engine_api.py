@@ -23,6 +23,8 @@ USAGE = {
     "prompt_tokens": 9,
     "completion_tokens": 2,
     "visual_tokens": 4,
+    "frames": 3,
+    "frames_encoded": 2,
     "kept_per_layer": [9, 7],
     "visual_per_layer": [4, 2],
     "kv_bytes": 1024,

@@ -106,6 +106,8 @@ struct Usage {
   int prompt_tokens = 0;  // text tokens + visual rows before reduction
   int completion_tokens = 0;
   int visual_tokens = 0;              // visual rows before reduction
+  int frames = 0;                     // frames and tiles of images and videos
+  int frames_encoded = 0;             // those that went through the tower: no repeats in a video
   std::vector<int> kept_per_layer;    // rows that entered attention of each layer in prefill
   std::vector<int> visual_per_layer;  // visual rows among them
   int64_t kv_bytes = 0;               // bytes of KV pages held at the end

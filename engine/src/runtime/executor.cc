@@ -83,31 +83,64 @@ void Executor::fill_row(const Sequence& sequence, int64_t prompt_row, float* out
 void Executor::begin_vision_batch(Sequence& sequence) {
   VisionProgress& progress = sequence.vision;
   const Media& media = sequence.request.media[progress.media];
-  progress.frames = static_cast<int>(std::min<int64_t>(frames_per_batch(*vision_, chunk_rows_),
-                                                       media.frames - progress.first_frame));
-  const int64_t rows = int64_t{progress.frames} * vision_->patches();
-  progress.x.reserve(static_cast<size_t>(rows * vision_->spec().hidden));
-  // An image is arranged as a whole, a video batch by batch.
-  const int64_t kept_frames = media.kind == MediaKind::kImage ? media.frames : progress.frames;
-  progress.projected.reserve(
-      static_cast<size_t>(kept_frames * vision_->patches() * vision_->output_width()));
   const int64_t frame_floats = int64_t{vision_->spec().channels} * media.height * media.width;
-  vision_->embed(media.data.data() + progress.first_frame * frame_floats, progress.frames,
-                 progress.x.data(), scratch_.data(), pool_);
+  const float* const pixels = media.data.data();
+  // A frame of a video that is the one before again has its rows. Still pictures, slides and
+  // screens have many of them.
+  const auto repeats = [&](int frame) {
+    const float* const at = pixels + frame * frame_floats;
+    return media.kind == MediaKind::kVideo && frame > progress.first_frame &&
+           std::memcmp(at, at - frame_floats, static_cast<size_t>(frame_floats) * sizeof(float)) ==
+               0;
+  };
+  const int64_t most = frames_per_batch(*vision_, chunk_rows_);
+  std::vector<int>& distinct = progress.distinct;
+  distinct.clear();
+  int end = progress.first_frame;
+  for (; end < media.frames; ++end) {
+    if (repeats(end)) continue;
+    if (std::ssize(distinct) == most) break;
+    distinct.push_back(end);
+  }
+  progress.frames = end - progress.first_frame;
+  sequence.usage.frames += progress.frames;
+  sequence.usage.frames_encoded += static_cast<int>(distinct.size());
+
+  const int64_t patches = vision_->patches();
+  progress.x.reserve(distinct.size() * static_cast<size_t>(patches * vision_->spec().hidden));
+  // An image is arranged as a whole, a video batch by batch.
+  const size_t kept =
+      media.kind == MediaKind::kImage ? static_cast<size_t>(media.frames) : distinct.size();
+  progress.projected.reserve(kept * static_cast<size_t>(patches * vision_->output_width()));
+  for (size_t i = 0, next = 0; i < distinct.size(); i = next) {
+    next = i + 1;  // frames that follow each other are embedded together
+    while (next < distinct.size() && distinct[next] == distinct[next - 1] + 1) ++next;
+    vision_->embed(pixels + distinct[i] * frame_floats, static_cast<int64_t>(next - i),
+                   progress.x.data() + static_cast<int64_t>(i) * patches * vision_->spec().hidden,
+                   scratch_.data(), pool_);
+  }
   progress.layer = 0;
 }
 
 void Executor::end_vision_batch(Sequence& sequence) {
   VisionProgress& progress = sequence.vision;
   const Media& media = sequence.request.media[progress.media];
-  const int64_t batch_floats = int64_t{vision_->patches()} * vision_->output_width();
+  const std::vector<int>& distinct = progress.distinct;
+  const int64_t frame_floats = int64_t{vision_->patches()} * vision_->output_width();
   const bool image = media.kind == MediaKind::kImage;
-  float* projected = progress.projected.data() + (image ? progress.first_frame * batch_floats : 0);
-  vision_->project(progress.x.data(), progress.frames, projected, scratch_.data(), pool_);
+  float* projected = progress.projected.data() + (image ? progress.first_frame * frame_floats : 0);
+  vision_->project(progress.x.data(), std::ssize(distinct), projected, scratch_.data(), pool_);
   float* out = sequence.media_rows.data() +
                sequence.prompt.spans[progress.media].media_row * int64_t{decoder_.spec().hidden};
-  if (!image) vision_->arrange_video(media, progress.first_frame, progress.frames, projected, out);
   progress.first_frame += progress.frames;
+  if (!image) {
+    for (size_t i = 0; i < distinct.size(); ++i) {
+      const int end = i + 1 < distinct.size() ? distinct[i + 1] : progress.first_frame;
+      const float* const rows = projected + static_cast<int64_t>(i) * frame_floats;
+      for (int frame = distinct[i]; frame < end; ++frame)
+        vision_->arrange_video(media, frame, 1, rows, out);
+    }
+  }
   progress.layer = -1;
   if (progress.first_frame == media.frames) {
     if (image) vision_->arrange_image(media, progress.projected.data(), out);
@@ -132,7 +165,8 @@ bool Executor::vision_unit(Sequence& sequence) {
   if (progress.media < media.size()) {
     if (progress.layer < 0) begin_vision_batch(sequence);
     if (progress.layer < vision_->layers()) {
-      vision_->layer(progress.layer++, progress.x.data(), progress.frames, scratch_.data(), pool_);
+      vision_->layer(progress.layer++, progress.x.data(), std::ssize(progress.distinct),
+                     scratch_.data(), pool_);
     }
     if (progress.layer == vision_->layers()) end_vision_batch(sequence);
   }

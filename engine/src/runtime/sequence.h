@@ -38,8 +38,9 @@ struct VisionProgress {
   size_t media = 0;                // item being encoded
   int first_frame = 0;             // of the batch
   int frames = 0;                  // in the batch
+  std::vector<int> distinct;       // those of them that are encoded, ascending
   int layer = -1;                  // next layer; -1: the batch is not embedded yet
-  AlignedBuffer<float> x;          // [frames * patches, vision hidden]
+  AlignedBuffer<float> x;          // [distinct * patches, vision hidden]
   AlignedBuffer<float> projected;  // a video's batch, or all frames of an image
 };
 

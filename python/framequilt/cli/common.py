@@ -127,6 +127,9 @@ def usage_table(usage: Usage) -> Table:
         ("prompt", f"{usage.prompt_tokens} rows, {usage.visual_tokens} of them visual"),
         ("answer", f"{usage.completion_tokens} tokens"),
     ]
+    if usage.frames_encoded < usage.frames:
+        repeats = usage.frames - usage.frames_encoded
+        rows.append(("frames", f"{usage.frames}, {repeats} of them unchanged and not encoded again"))
     if usage.reduction.stage != "none" and usage.visual_tokens and usage.visual_per_layer:
         kept = usage.visual_per_layer[-1]
         missed = ", budget missed" if usage.reduction.budget_missed else ""

@@ -115,6 +115,60 @@ TEST_F(EngineDeterminism, RowsWithoutLogitsMayBeLeftOutOfTheLastLayer) {
   }
 }
 
+TEST_F(EngineDeterminism, AFrameThatEqualsTheOneBeforeIsNotEncodedAgain) {
+  const Media three = video(3, 41);
+  const size_t frame = three.data.size() / 3;
+  const std::vector<int> order = {0, 0, 1, 2, 2, 2, 0};
+  Media whole;
+  whole.kind = MediaKind::kVideo;
+  whole.frames = static_cast<int>(order.size());
+  whole.height = whole.width = tiny_.image_size;
+  Request apart = text_request(9, 42);  // every frame a video of its own: nothing to compare with
+  for (const int f : order) {
+    const auto* const at = three.data.data() + static_cast<size_t>(f) * frame;
+    Media one = whole;
+    one.frames = 1;
+    one.data.assign(at, at + frame);
+    whole.data.insert(whole.data.end(), one.data.begin(), one.data.end());
+    apart.media.push_back(std::move(one));
+  }
+  Request together = text_request(9, 42);
+  together.media.push_back(std::move(whole));
+  together.prompt.insert(together.prompt.begin() + 3, kMediaToken);
+  apart.prompt.insert(apart.prompt.begin() + 3, order.size(), kMediaToken);
+
+  for (const int chunk : {256, 16, 1}) {  // 32 frames, two frames and one go through the tower
+    SCOPED_TRACE("chunk " + std::to_string(chunk));
+    EngineOptions options = manual();
+    options.chunk_rows = chunk;
+    auto engine = make(options);
+    const Answer once = run(*engine, together);
+    const Answer each = run(*engine, apart);
+    expect_same(once, each);
+    EXPECT_EQ(once.usage.frames, 7);
+    EXPECT_EQ(once.usage.frames_encoded, 4);
+    EXPECT_EQ(each.usage.frames_encoded, 7);
+  }
+}
+
+TEST_F(EngineDeterminism, TilesOfAnImageAreAllEncoded) {
+  // They are laid out as one picture, whether two of them are equal or not.
+  Media image = video(1, 43);
+  image.kind = MediaKind::kImage;
+  image.frames = 3;
+  const std::vector<float> tile = image.data;
+  for (int i = 0; i < 2; ++i) image.data.insert(image.data.end(), tile.begin(), tile.end());
+  const int grid = tiny_.image_size / tiny_.patch;
+  image.tiles = ImageTiles{.rows = 1, .cols = 2, .crop_height = grid, .crop_width = 2 * grid};
+  Request request = text_request(9, 44);
+  request.prompt.insert(request.prompt.begin() + 3, kMediaToken);
+  request.media.push_back(std::move(image));
+  const Answer answer = run(*make(manual()), request);
+  EXPECT_EQ(answer.finish, FinishReason::kLength);
+  EXPECT_EQ(answer.usage.frames, 3);
+  EXPECT_EQ(answer.usage.frames_encoded, 3);
+}
+
 TEST_F(EngineDeterminism, CostOneEqualsNoReduction) {
   auto engine = make(manual());
   Request on = video_request(6, 12, true);
