@@ -7,6 +7,8 @@
 #define FRAMEQUILT_CPU_TILES_INL_H_
 #endif
 
+#include <algorithm>
+
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "src/backend/cpu/math-inl.h"
@@ -25,17 +27,22 @@ constexpr int kBlockBytes = 32;  // 8 rows of a tile
 // A unit is the kLanes output rows of one vector: half a tile, a tile, or two tiles that lie
 // `tile_stride` apart.
 
+// Where the words of a unit begin.
+HWY_INLINE const std::byte* UnitWords(const std::byte* tiles, int64_t tile_stride, int64_t unit) {
+  if constexpr (kLanes == 16) return tiles + 2 * unit * tile_stride;
+  constexpr int64_t kUnits = std::max<int64_t>(1, kTileRows / kLanes);
+  return tiles + unit / kUnits * tile_stride + unit % kUnits * kLanes * 4;
+}
+
 // Loads one 4-byte word per lane from an array [tiles, ..., 8] of words.
 HWY_INLINE VU LoadWords(const std::byte* tiles, int64_t tile_stride, int64_t unit) {
   const DU du;
+  const std::byte* const at = UnitWords(tiles, tile_stride, unit);
   if constexpr (kLanes == 16) {
     const hn::Half<DU> dh;
-    const auto* low = reinterpret_cast<const uint32_t*>(tiles + 2 * unit * tile_stride);
-    const auto* high = reinterpret_cast<const uint32_t*>(tiles + (2 * unit + 1) * tile_stride);
-    return hn::Combine(du, hn::LoadU(dh, high), hn::LoadU(dh, low));
+    return hn::Combine(du, hn::LoadU(dh, reinterpret_cast<const uint32_t*>(at + tile_stride)),
+                       hn::LoadU(dh, reinterpret_cast<const uint32_t*>(at)));
   } else {
-    constexpr int64_t kUnits = kTileRows / kLanes;
-    const std::byte* at = tiles + unit / kUnits * tile_stride + unit % kUnits * kLanes * 4;
     return hn::LoadU(du, reinterpret_cast<const uint32_t*>(at));
   }
 }
