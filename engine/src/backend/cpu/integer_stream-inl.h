@@ -204,11 +204,8 @@ class StreamTile {
       i += kHalfInputs;
     };
     if constexpr (kOneStream<kRows>) {
-      // Whole superblocks: nothing about their halves is left to be computed.
-      if (i % 32 != 0 && i < end) {
-        add_one_half();
-        flush();
-      }
+      // Whole superblocks: nothing about their halves is left to be computed. Only a group of 16
+      // inputs is a half.
       for (; i + 32 <= end; i += 32) {
         const int64_t at = PlaceOf(i);
         PrefetchSuperblock(at);
