@@ -15,7 +15,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 def _described(info: Path) -> tuple[str, set[str]]:
     name = platform.processor() or platform.machine()
-    family = ""
+    family = model = ""
     flags: set[str] = set()
     if info.exists():
         for line in info.read_text().splitlines():
@@ -24,13 +24,15 @@ def _described(info: Path) -> tuple[str, set[str]]:
                 name = value.strip()
             elif key.strip() == "cpu family":
                 family = f", family {value.strip()}"
+            elif key.strip() == "model":
+                model = f", model {value.strip()}"
             elif key.strip() in ("flags", "Features"):
                 flags = set(value.split())
-    return name + family, flags
+    return name + family + model, flags
 
 
 def processor_name(info: Path = CPUINFO) -> str:
-    """Model, family and instructions: virtual machines of one model name can differ in these."""
+    """Names, numbers and instructions: virtual machines of one model name can differ in these."""
     name, flags = _described(info)
     found = [extension for extension in EXTENSIONS if extension in flags]
     return f"{name} ({', '.join(found)})" if found else name

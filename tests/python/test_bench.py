@@ -304,7 +304,7 @@ def test_the_projector_stage_makes_the_rows_of_a_prompt(tiny_run: dict[str, Any]
         ("model name\t: EPYC\nflags\t: sse2 avx2\n", "EPYC (avx2)", False),
         (
             "cpu family\t: 23\nmodel\t\t: 1\nmodel name\t: EPYC\nflags\t: avx2\n",
-            "EPYC, family 23 (avx2)",
+            "EPYC, family 23, model 1 (avx2)",
             False,
         ),
         (
@@ -315,7 +315,7 @@ def test_the_projector_stage_makes_the_rows_of_a_prompt(tiny_run: dict[str, Any]
         ("Features\t: fp asimd asimddp i8mm bf16\n", "(asimd, asimddp, i8mm, bf16)", True),
     ],
 )
-def test_machines_are_told_apart_by_family_and_instructions(
+def test_machines_are_told_apart_by_family_model_and_instructions(
     text: str, name: str, bfloat16: bool, tmp_path: Path
 ) -> None:
     info = tmp_path / "cpuinfo"

@@ -129,7 +129,8 @@ def usage_table(usage: Usage) -> Table:
     ]
     if usage.frames_encoded < usage.frames:
         repeats = usage.frames - usage.frames_encoded
-        rows.append(("frames", f"{usage.frames}, {repeats} of them unchanged and not encoded again"))
+        text = f"{usage.frames}, {repeats} of them unchanged and not encoded again"
+        rows.append(("frames", text))
     if usage.reduction.stage != "none" and usage.visual_tokens and usage.visual_per_layer:
         kept = usage.visual_per_layer[-1]
         missed = ", budget missed" if usage.reduction.budget_missed else ""

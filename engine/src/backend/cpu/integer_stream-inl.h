@@ -56,8 +56,9 @@ HWY_INLINE VF ScaledSum(const ops::LinearArgs& args, const Inputs& inputs, int64
 // --- Weights through registers -------------------------------------------------------------------
 
 // One row and whole tiles, where sums of products do not wait for each other: a tile after the
-// other. One stream is what hardware prefetchers follow, further than a core can ask for itself.
-// Four tiles at once decoded the 0.5B at five sixths of that rate on a Zen 4 (AVX2), two at less.
+// other, and nothing asked for ahead. Hardware prefetchers follow one stream, and reach further
+// than what a core can wait for itself. On a Zen 4 (AVX2) four tiles at once decoded the 0.5B at
+// five sixths of that rate, two at less, and asking 1 to 16 KiB ahead cost another 5 to 15 %.
 template <int kRows>
 constexpr bool kOneStream = kRows == 1 && !FRAMEQUILT_DIRECT_DOT && kLanes == kTileRows;
 
@@ -129,29 +130,18 @@ class StreamTile {
 
   HWY_INLINE int64_t UnitOf(int64_t u) const { return unit_ + std::min(u, count_ - 1); }
 
-  // Tiles are short, and several are read at once: a hardware prefetcher does not follow. What is
+  // Several tiles at once: they are short, and a hardware prefetcher does not follow. What is
   // kAhead bytes further in a tile is asked for, 2 KiB in all (four times as much was up to 15 %
   // slower); behind its end, the beginning of the tile that comes at its place next.
-  HWY_INLINE int64_t AheadOf(int64_t at) const {
+  HWY_INLINE void Prefetch(int64_t input, int64_t u) const {
     constexpr int64_t kAhead = 2048 / (kUnits * kTilesPerUnit);
     constexpr int64_t kSkipped = std::max(1, kUnits * kLanes / kTileRows) - 1;
-    const int64_t next = at + kAhead;
-    return next < tile_stride_ ? next : next + kSkipped * tile_stride_;
-  }
-  // `at`: bytes from a tile's beginning.
-  HWY_INLINE void Prefetch(int64_t input, int64_t u) const {
     constexpr int64_t kBytes = SuperblockBytes(kBits) / 2;
     const auto half = static_cast<uint64_t>(input) / kHalfInputs;  // unsigned: a shift
-    const int64_t next = AheadOf(static_cast<int64_t>(half) * kBytes);
+    const int64_t at = static_cast<int64_t>(half) * kBytes + kAhead;
+    const int64_t next = at < tile_stride_ ? at : at + kSkipped * tile_stride_;
     PrefetchWords(units_[u] + next, tile_stride_, 0, 0);
     if constexpr (kBytes > 64) PrefetchWords(units_[u] + next, tile_stride_, 0, 64);
-  }
-  HWY_INLINE void PrefetchSuperblock(int64_t at) const {
-    const int64_t next = AheadOf(at);
-    Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
-      for (int64_t line = 0; line < SuperblockBytes(kBits); line += 64)
-        PrefetchWords(units_[u] + next, tile_stride_, 0, line);
-    });
   }
   HWY_INLINE void Load(int64_t input, int64_t u, VU (&words)[kHalfWords]) const {
     LoadCodes<kBits>(units_[u] + PlaceOf(input), static_cast<int>(input / kHalfInputs % 2),
@@ -199,7 +189,8 @@ class StreamTile {
     };
     int64_t i = begin;
     const auto add_one_half = [&]() FRAMEQUILT_INLINE {
-      Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE { Prefetch(i, u); });
+      if constexpr (!kOneStream<kRows>)
+        Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE { Prefetch(i, u); });
       AddHalf(i, PlaceOf(i), static_cast<int>(i / kHalfInputs % 2), x, dots);
       i += kHalfInputs;
     };
@@ -208,7 +199,6 @@ class StreamTile {
       // inputs is a half.
       for (; i + 32 <= end; i += 32) {
         const int64_t at = PlaceOf(i);
-        PrefetchSuperblock(at);
         AddHalf(i, at, 0, x, dots);
         if constexpr (kPeriod <= kHalfWords) flush();
         AddHalf(i + kHalfInputs, at, 1, x, dots);
