@@ -169,11 +169,13 @@ def test_results_of_another_number_of_threads_are_not_merged() -> None:
 
 def test_results_of_processors_with_other_instructions_are_not_merged() -> None:
     stored = {path.stem: json.loads(path.read_text()) for path in STORED.parent.glob("*.json")}
-    assert stored.keys() == {"avx2", "avx512", "zen1"}
+    assert stored.keys() == {"avx2", "avx512", "zen1", "zen4-avx2"}
     with pytest.raises(merging.Mismatch, match="avx512_vnni"):
         merging.merge(stored["avx512"], stored["avx2"])
     with pytest.raises(merging.Mismatch, match="family 23"):  # the same name and instructions
         merging.merge(stored["avx2"], stored["zen1"])
+    with pytest.raises(merging.Mismatch, match="model 17"):
+        merging.merge(stored["avx2"], stored["zen4-avx2"])
 
 
 def test_merged_benches_are_in_the_order_of_the_list() -> None:
