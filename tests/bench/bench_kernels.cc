@@ -86,6 +86,14 @@ void report(const std::string& name, const Options& options, const Timing& t, do
   std::fflush(stdout);
 }
 
+// In memory as the engine has it: in pages of 4 KiB every row of a wide matrix is another page.
+AlignedBuffer<float> aligned_random_values(size_t count) {
+  const auto values = random_values(count);
+  AlignedBuffer<float> aligned(count);
+  std::copy(values.begin(), values.end(), aligned.data());
+  return aligned;
+}
+
 // Copies of one linear, at least 64 MB together (few rows), so that weights come from memory as
 // they do in a model.
 void bench_linear(const backend::Backend& backend, ThreadPool& pool, const Options& options,
@@ -105,13 +113,13 @@ void bench_linear(const backend::Backend& backend, ThreadPool& pool, const Optio
     buffer.reserve(packed->data_bytes);
     std::memcpy(buffer.data(), packed->data.data(), packed->data_bytes);
   }
-  auto x = random_values(static_cast<size_t>(rows * in));
+  auto x = aligned_random_values(static_cast<size_t>(rows * in));
   // One channel is far larger than the others, as in language models: codes with a zero lie to one
   // side of 0 then.
   if (!activations.symmetric) {
     for (int64_t r = 0; r < rows; ++r) x[static_cast<size_t>(r * in + 7)] = 8.0f;
   }
-  std::vector<float> y(static_cast<size_t>(rows * out));
+  AlignedBuffer<float> y(static_cast<size_t>(rows * out));
   // What the converter stores beside the weights; any numbers take as long.
   const auto row_sums = random_values(static_cast<size_t>(packed->view.tiles) * quant::kTileRows);
   const backend::LinearFn kernel = *backend.linear(format, activations);

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "hwy/highway.h"
+#include "src/backend/cpu/gemm-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
@@ -21,13 +22,18 @@ namespace HWY_NAMESPACE {
 #if FRAMEQUILT_AMX && HWY_TARGET == HWY_AVX3_DL
 #define FRAMEQUILT_HAVE_AMX 1
 
-constexpr int64_t kTileSide = 16;            // rows of a tile, and words of 4 bytes of a row
-constexpr int64_t kTileBytes = 64;           // of a row
-constexpr int64_t kAmxRows = 2 * kTileSide;  // that are multiplied at once
+constexpr int64_t kTileSide = 16;   // rows of a tile, and words of 4 bytes of a row
+constexpr int64_t kTileBytes = 64;  // of a row
 
-// Tiles 0 to 3 are sums, 4 and 5 inputs (rows of `input_bytes`, at most 64), 6 and 7 weights (a row
-// is a word of 4 bytes for each of 16 columns). The tiles of a thread are set up for as long as
-// this lives: what else runs on the thread, such as another library's kernels, finds them free.
+// Tiles 0 and 1 are sums, 2 and 3 inputs (rows of `input_bytes`, at most 64), 4 weights (a row is a
+// word of 4 bytes for each of 16 columns). The other three stay empty: a core seems to have 16
+// registers for tiles, which its two threads halve while both run. A thread that uses all eight
+// has none left then to load the next tile into: on a Xeon of the fifth generation with a busy
+// sibling, products of tiles just loaded take 20 cycles with three to five tiles in use, 75 to 90
+// with eight, and 16 to 20 either way without.
+//
+// The tiles of a thread are set up for as long as this lives: what else runs on the thread, such as
+// another library's kernels, finds them free.
 class Tiles {
  public:
   explicit Tiles(int64_t input_bytes = kTileBytes) {
@@ -38,8 +44,8 @@ class Tiles {
     } config = {};
     static_assert(sizeof(config) == 64);
     config.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) {
-      const bool inputs = tile == 4 || tile == 5, weights = tile >= 6;
+    for (int tile = 0; tile <= 4; ++tile) {
+      const bool inputs = tile == 2 || tile == 3, weights = tile == 4;
       config.row_bytes[tile] = static_cast<uint16_t>(inputs ? input_bytes : kTileBytes);
       config.rows[tile] = static_cast<uint8_t>(weights ? input_bytes / 4 : kTileSide);
     }
@@ -67,7 +73,7 @@ HWY_INLINE void StoreTile(void* to, int64_t stride) {
 // What is multiplied: bytes, signed or not, whose sums are exact in int32; or bfloat16 numbers,
 // whose products are summed in float32, even and odd inputs of a tile apart and then added.
 struct TileKind {
-  bool first = true, second = true, left = false, right = false;  // signed bytes
+  bool inputs = true, left = false, right = false;  // signed bytes; weights left and right
   bool bf16 = false;
 };
 
@@ -91,83 +97,92 @@ HWY_INLINE void AddTileProducts() {
 #undef FRAMEQUILT_TILE_PRODUCTS
 }
 
-// --- Four tiles of sums ------------------------------------------------------------------------
-//
-// One or two tiles of inputs, `first` and `second`, times two neighbouring ones of weights, left
-// and right: so loading of tiles takes no longer than multiplying them. The sums of `second` lie
-// behind those of `first`.
+// --- Sums of 16 rows and 32 columns --------------------------------------------------------------
 
 constexpr int64_t kSumColumns = 2 * kTileSide;
 constexpr int64_t kSumRowBytes = kSumColumns * 4;
+constexpr int64_t kSums = kTileSide * kSumColumns;
 
-struct TileInputs {
-  const void* first = nullptr;
-  const void* second = nullptr;
-  int64_t stride = 0;               // bytes between rows
+struct TileOperands {
+  const void* inputs = nullptr;     // 16 rows
+  int64_t stride = 0;               // bytes between them
   const uint32_t* words = nullptr;  // of the weights: rows of 4 bytes of each of 32 columns
   int64_t word_stride = 0;          // words between rows
   int64_t tiles = 0;
   int64_t tile_bytes = kTileBytes;  // of a row of inputs
 };
 
-// `between()` is called after each product of two tiles.
-template <int kHalves, TileKind kKind, class Between>
-HWY_INLINE void MultiplyTiles(const TileInputs& in, const Between& between) {
-  ZeroTile<0>();
-  ZeroTile<1>();
-  if constexpr (kHalves == 2) {
-    ZeroTile<2>();
-    ZeroTile<3>();
-  }
+// sums [16][kSumColumns] = the products of `tiles` tiles; kTiles says how many, or is 0.
+// `between()` is called after each product of two tiles. Products that add to the same sums do not
+// wait for each other, so that one tile of them suffices; those of a tile of inputs that is used
+// again stay.
+template <TileKind kKind, int kTiles, class Between>
+HWY_INLINE void MultiplyTiles(const TileOperands& in, int32_t* sums, const Between& between) {
+  static_assert(kTiles <= 2);
   const int64_t word_bytes = in.word_stride * 4, words_of_tile = in.word_stride * in.tile_bytes / 4;
-  const auto* first = static_cast<const std::byte*>(in.first);
-  const auto* second = static_cast<const std::byte*>(in.second);
+  const auto* inputs = static_cast<const std::byte*>(in.inputs);
   const uint32_t* words = in.words;
-  for (int64_t left = in.tiles; left > 0; --left) {
-    LoadTile<6>(words, word_bytes);
-    LoadTile<4>(first, in.stride);
-    AddTileProducts<0, 4, 6, kKind.bf16, kKind.first, kKind.left>();
+  if constexpr (kTiles > 0) {
+    ZeroTile<0>();
+    LoadTile<2>(inputs, in.stride);
+    LoadTile<4>(words, word_bytes);
+    AddTileProducts<0, 2, 4, kKind.bf16, kKind.inputs, kKind.left>();
     between();
-    LoadTile<7>(words + kTileSide, word_bytes);
-    AddTileProducts<1, 4, 7, kKind.bf16, kKind.first, kKind.right>();
-    between();
-    if constexpr (kHalves == 2) {
-      LoadTile<5>(second, in.stride);
-      AddTileProducts<2, 5, 6, kKind.bf16, kKind.second, kKind.left>();
-      between();
-      AddTileProducts<3, 5, 7, kKind.bf16, kKind.second, kKind.right>();
+    if constexpr (kTiles == 2) {
+      LoadTile<3>(inputs + in.tile_bytes, in.stride);
+      LoadTile<4>(words + words_of_tile, word_bytes);
+      AddTileProducts<0, 3, 4, kKind.bf16, kKind.inputs, kKind.left>();
       between();
     }
-    words += words_of_tile;
-    first += in.tile_bytes;
-    second += in.tile_bytes;
+    StoreTile<0>(sums, kSumRowBytes);
+    ZeroTile<0>();
+    words += kTileSide;
+    LoadTile<4>(words, word_bytes);
+    AddTileProducts<0, 2, 4, kKind.bf16, kKind.inputs, kKind.right>();
+    between();
+    if constexpr (kTiles == 2) {
+      LoadTile<4>(words + words_of_tile, word_bytes);
+      AddTileProducts<0, 3, 4, kKind.bf16, kKind.inputs, kKind.right>();
+      between();
+    }
+    StoreTile<0>(sums + kTileSide, kSumRowBytes);
+  } else {
+    ZeroTile<0>();
+    ZeroTile<1>();
+    for (int64_t left = in.tiles; left > 0; --left) {
+      LoadTile<2>(inputs, in.stride);
+      LoadTile<4>(words, word_bytes);
+      AddTileProducts<0, 2, 4, kKind.bf16, kKind.inputs, kKind.left>();
+      between();
+      LoadTile<4>(words + kTileSide, word_bytes);
+      AddTileProducts<1, 2, 4, kKind.bf16, kKind.inputs, kKind.right>();
+      between();
+      words += words_of_tile;
+      inputs += in.tile_bytes;
+    }
+    StoreTile<0>(sums, kSumRowBytes);
+    StoreTile<1>(sums + kTileSide, kSumRowBytes);
   }
 }
 
-// To [kHalves * 16][kSumColumns].
-template <int kHalves>
-HWY_INLINE void StoreSums(int32_t* sums) {
-  StoreTile<0>(sums, kSumRowBytes);
-  StoreTile<1>(sums + kTileSide, kSumRowBytes);
-  if constexpr (kHalves == 2) {
-    sums += kTileSide * kSumColumns;
-    StoreTile<2>(sums, kSumRowBytes);
-    StoreTile<3>(sums + kTileSide, kSumRowBytes);
-  }
+template <TileKind kKind>
+HWY_INLINE void MultiplyTiles(const TileOperands& in, int32_t* sums) {
+  const auto nothing = []() FRAMEQUILT_INLINE {};
+  if (in.tiles == 1) return MultiplyTiles<kKind, 1>(in, sums, nothing);
+  if (in.tiles == 2) return MultiplyTiles<kKind, 2>(in, sums, nothing);
+  MultiplyTiles<kKind, 0>(in, sums, nothing);
 }
 
-// For each of `blocks` (at least one): multiply(block), after which its sums are in the tiles, and
-// finish(block, sums), which finds them in memory. One block is finished while the next one is
-// multiplied.
+// For each of `blocks` (at least one): multiply(block, sums) and finish(block, sums), where `sums`
+// has room for two products. One block is finished while the next one is multiplied.
 template <class Multiply, class Finish>
 HWY_INLINE void ForTileBlocks(int64_t blocks, const Multiply& multiply, const Finish& finish) {
-  alignas(64) int32_t sums[2 * kTileSide * kSumColumns];
+  alignas(64) int32_t sums[2][2 * kSums];
   for (int64_t block = 0; block < blocks; ++block) {
-    multiply(block);
-    if (block > 0) finish(block - 1, static_cast<const int32_t*>(sums));
-    StoreSums<2>(sums);
+    multiply(block, sums[block % 2]);
+    if (block > 0) finish(block - 1, static_cast<const int32_t*>(sums[(block - 1) % 2]));
   }
-  finish(blocks - 1, static_cast<const int32_t*>(sums));
+  finish(blocks - 1, static_cast<const int32_t*>(sums[(blocks - 1) % 2]));
 }
 
 // Inputs in whole tiles.
@@ -176,7 +191,7 @@ constexpr int64_t TiledInputs(int64_t inputs) {
 }
 
 // What products read and write, and nobody uses: rows behind the last one, bytes behind those.
-constexpr size_t kSpareRows = kAmxRows - 1;
+constexpr size_t kSpareRows = kTileSide - 1;
 constexpr size_t kSpareBytes = kTileBytes;
 
 #else

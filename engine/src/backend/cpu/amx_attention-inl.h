@@ -168,7 +168,7 @@ void ByteProducts(const uint8_t* high, const uint8_t* low, int64_t inputs, int64
                   const uint32_t* words, int64_t word_stride, int64_t columns, Ahead& ahead,
                   const Finish& finish) {
   const Tiles tiles;
-  TileInputs in;
+  TileOperands in;
   in.stride = inputs;
   in.word_stride = word_stride;
   in.tiles = inputs / kTileBytes;
@@ -176,14 +176,14 @@ void ByteProducts(const uint8_t* high, const uint8_t* low, int64_t inputs, int64
   const int64_t column_tiles = (columns + kSumColumns - 1) / kSumColumns;
   ForTileBlocks(
       row_tiles * column_tiles,
-      [&](int64_t block) FRAMEQUILT_INLINE {
+      [&](int64_t block, int32_t* sums) FRAMEQUILT_INLINE {
         ahead.Ask(4);
         const int64_t row = block % row_tiles * kTileSide;
         in.words = words + block / row_tiles * kSumColumns;
-        in.first = high + row * inputs;
-        in.second = low + row * inputs;
-        MultiplyTiles<2, TileKind{.first = kSigned, .second = false}>(in,
-                                                                      []() FRAMEQUILT_INLINE {});
+        in.inputs = high + row * inputs;
+        MultiplyTiles<TileKind{.inputs = kSigned}>(in, sums);
+        in.inputs = low + row * inputs;
+        MultiplyTiles<TileKind{.inputs = false}>(in, sums + kSums);
       },
       [&](int64_t block, const int32_t* sums) FRAMEQUILT_INLINE {
         const int64_t row = block % row_tiles * kTileSide;
@@ -199,7 +199,7 @@ void ByteProducts(const uint8_t* high, const uint8_t* low, int64_t inputs, int64
 
 HWY_INLINE VI WholeSum(const int32_t* sums, int64_t at) {
   const VI high = hn::Load(DI(), sums + at);
-  return hn::Add(hn::ShiftLeft<8>(high), hn::Load(DI(), sums + kTileSide * kSumColumns + at));
+  return hn::Add(hn::ShiftLeft<8>(high), hn::Load(DI(), sums + kSums + at));
 }
 
 // PageScores of rows of queries whose bytes are in the scratch.

@@ -113,17 +113,18 @@ struct EncoderTiles {
     const DF df;
     HWY_ALIGN float lanes[kQueries * kLanes];
     std::fill_n(lanes, kQueries * kLanes, -std::numeric_limits<float>::infinity());
-    TileInputs in;
-    in.first = s.q_codes.data();
-    in.second = s.q_codes.data() + kTileSide * key_bytes;
+    TileOperands in;
     in.stride = key_bytes;
     in.word_stride = columns;
     in.tiles = key_bytes / kTileBytes;
     ForTileBlocks(
         columns / kSumColumns,
-        [&](int64_t block) FRAMEQUILT_INLINE {
+        [&](int64_t block, int32_t* sums) FRAMEQUILT_INLINE {
           in.words = s.k.data() + block * kSumColumns;
-          MultiplyTiles<2, TileKind{.left = true, .right = true}>(in, []() FRAMEQUILT_INLINE {});
+          Unrolled<2>([&](auto half) FRAMEQUILT_INLINE {
+            in.inputs = s.q_codes.data() + half * kTileSide * key_bytes;
+            MultiplyTiles<TileKind{.left = true, .right = true}>(in, sums + half * kSums);
+          });
         },
         [&](int64_t block, const int32_t* sums) FRAMEQUILT_INLINE {
           const int64_t column = block * kSumColumns;
@@ -176,25 +177,26 @@ struct EncoderTiles {
   void Values() const {
     constexpr int64_t kSpan = ops::IntegerAttention::kValueSpan;
     const DF df;
-    TileInputs in;
+    TileOperands in;
     in.stride = value_tokens;
     in.word_stride = value_stride();
     for (int64_t begin = 0; begin < value_tokens; begin += kSpan) {
       in.tiles = std::min(kSpan, value_tokens - begin) / kTileBytes;
       ForTileBlocks(
           2 * channel_tiles,
-          [&](int64_t block) FRAMEQUILT_INLINE {
-            const int64_t query = block % 2 * kTileSide;
+          [&](int64_t block, int32_t* sums) FRAMEQUILT_INLINE {
+            const int64_t at = block % 2 * kTileSide * value_tokens + begin;
             in.words = s.v.data() + begin / 4 * value_stride() + block / 2 * kSumColumns;
-            in.first = s.p_high.data() + query * value_tokens + begin;
-            in.second = s.p_low.data() + query * value_tokens + begin;
-            MultiplyTiles<2, TileKind{.first = false, .second = false, .left = true}>(
-                in, []() FRAMEQUILT_INLINE {});
+            constexpr TileKind kKind{.inputs = false, .left = true};
+            in.inputs = s.p_high.data() + at;
+            MultiplyTiles<kKind>(in, sums);
+            in.inputs = s.p_low.data() + at;
+            MultiplyTiles<kKind>(in, sums + kSums);
           },
           [&](int64_t block, const int32_t* sums) FRAMEQUILT_INLINE {
             float* out =
                 s.out.data() + block % 2 * kTileSide * out_stride() + block / 2 * kTileSide;
-            const int32_t* const low = sums + kTileSide * kSumColumns;
+            const int32_t* const low = sums + kSums;
             for (int64_t q = 0; q < kTileSide; ++q, out += out_stride()) {
               const int64_t at = q * kSumColumns;
               const VI high_high = hn::Load(DI(), sums + at);

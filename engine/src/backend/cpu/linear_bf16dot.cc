@@ -279,10 +279,10 @@ struct PairTiles {
   using Block = PairBlock;
   using Numbers = SpanFactors;
   static constexpr TileKind kTiles{.bf16 = true};
-  static HWY_INLINE Numbers LoadNumbers(const Block& b, int64_t span, int v) {
-    const float* const numbers = b.numbers + span * 2 * kPairColumns + v * kLanes;
+  static HWY_INLINE Numbers LoadNumbers(const float* numbers) {
     return {hn::Load(DF(), numbers), hn::Load(DF(), numbers + kPairColumns)};
   }
+  using RowInputs = const float*;
   static HWY_INLINE const float* LoadInputs(const float* inputs) { return inputs; }
   static HWY_INLINE VF Add(VF old, const int32_t* sums, const Numbers& n, const float* inputs) {
     return AddSpan(old, hn::BitCast(DF(), hn::Load(DI(), sums)), n, inputs);
@@ -290,26 +290,21 @@ struct PairTiles {
 };
 #endif
 
-// All `rows` of a panel, with before() and after() around each tile.
+// All `rows` of a panel, with before() and after() around the products of some of them.
 template <class Before, class After>
 void PairPanel(const PairBlock& b, int64_t rows, const Before& before, const After& after) {
-  const auto run = [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
+#if FRAMEQUILT_HAVE_AMX
+  AmxPanel<PairTiles, kPairSumStride>(b, rows, 1, {}, before, after);
+#else
+  ForTiles(rows, kPairMicroRows, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
     before(begin, count);
     PairBlock part = b;
     part.x += begin * b.x_stride;
     if (b.input_sums != nullptr) part.input_sums += begin * b.input_spans;
     part.sums += begin * kPairSumStride;
-#if FRAMEQUILT_HAVE_AMX
-    AmxStrips<PairTiles, kPairSumStride>(part, count);
-#else
     kPairMicros[static_cast<size_t>(count - kPairLeastRows)](part);
-#endif
     after(begin, count);
-  };
-#if FRAMEQUILT_HAVE_AMX
-  ForTilesOfRows(rows, run);
-#else
-  ForTiles(rows, kPairMicroRows, run);
+  });
 #endif
 }
 

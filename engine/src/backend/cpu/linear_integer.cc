@@ -116,10 +116,10 @@ struct IntegerTiles {
   using Block = IntegerBlock;
   using Numbers = SpanNumbers;
   static constexpr TileKind kTiles{};
-  static HWY_INLINE Numbers LoadNumbers(const Block& b, int64_t span, int v) {
-    const float* const numbers = b.numbers + span * 2 * kIntegerColumns + v * kLanes;
+  static HWY_INLINE Numbers LoadNumbers(const float* numbers) {
     return {hn::Load(DF(), numbers), hn::Load(DF(), numbers + kIntegerColumns)};
   }
+  using RowInputs = VF;
   // Once for both vectors: the compiler would read it for each of them.
   static HWY_INLINE VF LoadInputs(const float* inputs) {
     VF v = hn::Set(DF(), *inputs);
@@ -131,32 +131,19 @@ struct IntegerTiles {
   }
 };
 
-template <class Run>
-HWY_INLINE void ForPanelTiles(int64_t rows, const Run& run) {
-  ForTilesOfRows(rows, run);
-}
-template <int kPlanes, bool kCentered>
-HWY_INLINE void PanelMicro(const IntegerBlock& b, int64_t rows) {
-  static_assert(kPlanes == 1);
-  AmxStrips<IntegerTiles, kIntegerSumStride>(b, rows);
-}
-#else
-template <class Run>
-HWY_INLINE void ForPanelTiles(int64_t rows, const Run& run) {
-  ForTiles(rows, kIntegerMicroRows, run);
-}
-template <int kPlanes, bool kCentered>
-HWY_INLINE void PanelMicro(const IntegerBlock& b, int64_t rows) {
-  kIntegerMicros<kPlanes, kCentered>[static_cast<size_t>(rows - kIntegerLeastRows)](b);
-}
 #endif
 
 // All `rows` of the first `strips` strips of a panel: before(begin, count) and after(begin, count)
-// are called around the rows of each tile.
+// are called around the products of some rows.
 template <int kPlanes, bool kCentered, class Before, class After>
 void IntegerPanel(const IntegerBlock& b, int64_t rows, int64_t strips, const Before& before,
                   const After& after) {
-  ForPanelTiles(rows, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
+#if FRAMEQUILT_HAVE_AMX
+  static_assert(kPlanes == 1 && !kCentered);
+  AmxPanel<IntegerTiles, kIntegerSumStride>(b, rows, strips, {kStripWords, kStripNumbers}, before,
+                                            after);
+#else
+  ForTiles(rows, kIntegerMicroRows, [&](int64_t begin, int64_t count) FRAMEQUILT_INLINE {
     before(begin, count);
     IntegerBlock part = b;
     part.x += begin * b.x_stride;
@@ -165,7 +152,7 @@ void IntegerPanel(const IntegerBlock& b, int64_t rows, int64_t strips, const Bef
     if (kCentered) part.minus_zeros += begin;
     part.sums += begin * kIntegerSumStride;
     for (int64_t strip = 0; strip < strips; ++strip) {
-      PanelMicro<kPlanes, kCentered>(part, count);
+      kIntegerMicros<kPlanes, kCentered>[static_cast<size_t>(count - kIntegerLeastRows)](part);
       part.panel += kStripWords;
       part.numbers += kStripNumbers;
       if (kCentered) part.code_sums += kStripNumbers;
@@ -173,6 +160,7 @@ void IntegerPanel(const IntegerBlock& b, int64_t rows, int64_t strips, const Bef
     }
     after(begin, count);
   });
+#endif
 }
 
 #if !FRAMEQUILT_DIRECT_DOT
