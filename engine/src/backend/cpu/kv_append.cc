@@ -78,10 +78,12 @@ HWY_INLINE void QuantizeHead(const KvPart& part, bool scale32, std::byte* head, 
   }
 }
 
-// Bits [from, from + bits) of the codes into a plane of K: 8/bits dims of the token in a byte.
-HWY_INLINE void PackK(const uint8_t* codes, int dims, int from, int bits, uint8_t* out) {
+// Bits [from, from + bits) of the codes into a plane of K: 8/bits dims of the token in a byte,
+// bytes `stride` apart.
+HWY_INLINE void PackK(const uint8_t* codes, int dims, int from, int bits, uint8_t* out,
+                      int stride) {
   const int per_byte = 8 / bits, mask = (1 << bits) - 1;
-  for (int d = 0; d < dims; d += per_byte, out += kPageTokens) {
+  for (int d = 0; d < dims; d += per_byte, out += stride) {
     int byte = 0;
     for (int i = 0; i < per_byte && d + i < dims; ++i)
       byte |= ((codes[d + i] >> from) & mask) << (bits * i);
@@ -123,7 +125,7 @@ void AppendPart(const KvPageLayout& layout, const KvPart& part, bool is_k, std::
   const auto pack = [&](size_t offset, int from, int bits) {
     auto* const out = reinterpret_cast<uint8_t*>(head + offset);
     if (is_k) {
-      PackK(codes, dims, from, bits, out + slot);
+      PackK(codes, dims, from, bits, out + slot, kPageTokens);
     } else {
       PackV(codes, dims, from, bits, slot, out);
     }
@@ -132,25 +134,82 @@ void AppendPart(const KvPageLayout& layout, const KvPart& part, bool is_k, std::
   if (planes.high > 0) pack(part.high, planes.low, planes.high);
 }
 
+// Tokens of one item of work. Tokens of a page may share bytes, eight at most: items begin at
+// multiples of eight.
+constexpr int kTokens = 16;
+
+// 16 rows of 16 bytes, `stride` apart, as columns: to[r * to_stride + c] = from[c * stride + r].
+HWY_INLINE void Transpose(const uint8_t* from, int64_t stride, uint8_t* to, int64_t to_stride) {
+  const hn::Full128<uint8_t> d8;
+  using V8 = hn::Vec<decltype(d8)>;
+  V8 rows[kTokens], next[kTokens];
+  Unrolled<kTokens>([&](auto i) FRAMEQUILT_INLINE { rows[i] = hn::LoadU(d8, from + i * stride); });
+  // Each round interleaves the rows with those that are half of all further; after four of them
+  // the bits of row and column have changed places.
+  Unrolled<4>([&](auto round) FRAMEQUILT_INLINE {
+    Unrolled<kTokens / 2>([&](auto i) FRAMEQUILT_INLINE {
+      V8* const in = round % 2 == 0 ? rows : next;
+      V8* const out = round % 2 == 0 ? next : rows;
+      out[2 * i] = hn::InterleaveLower(d8, in[i], in[i + kTokens / 2]);
+      out[2 * i + 1] = hn::InterleaveUpper(d8, in[i], in[i + kTokens / 2]);
+    });
+  });
+  Unrolled<kTokens>([&](auto i) FRAMEQUILT_INLINE { hn::StoreU(rows[i], d8, to + i * to_stride); });
+}
+
+// AppendPart of K with codes, of kTokens tokens from `slot` on: dims of a token lie 64 bytes apart,
+// so tokens go together, a vector of them to each dim.
+void AppendKeys(const KvPageLayout& layout, std::byte* head, int slot, const float* x,
+                int64_t stride) {
+  const KvPart& part = layout.k;
+  const quant::KvPlanes planes = quant::kv_planes(part.bits);
+  HWY_ALIGN uint8_t codes[kTokens * kMaxHeadDim];
+  const int64_t dims = layout.head_dim;
+  for (int t = 0; t < kTokens; ++t)
+    QuantizeHead(part, layout.format.scale32, head, slot + t, x + t * stride, codes + t * dims);
+  const auto pack = [&](size_t offset, int from, int bits) {
+    auto* const out = reinterpret_cast<uint8_t*>(head + offset) + slot;
+    HWY_ALIGN uint8_t plane[kTokens * kMaxHeadDim];
+    const int64_t bytes = (dims * bits + 7) / 8;
+    const uint8_t* rows = codes;
+    if (bits < 8) {
+      for (int t = 0; t < kTokens; ++t)
+        PackK(codes + t * dims, layout.head_dim, from, bits, plane + t * bytes, 1);
+      rows = plane;
+    }
+    int64_t byte = 0;
+    for (; byte + kTokens <= bytes; byte += kTokens)
+      Transpose(rows + byte, bytes, out + byte * kPageTokens, kPageTokens);
+    for (; byte < bytes; ++byte) {
+      for (int t = 0; t < kTokens; ++t) out[byte * kPageTokens + t] = rows[t * bytes + byte];
+    }
+  };
+  pack(part.low, 0, planes.low);
+  if (planes.high > 0) pack(part.high, planes.low, planes.high);
+}
+
 void KvAppend(const ops::KvAppendArgs& args, ThreadPool& pool) {
-  // Tokens of one item. Tokens of a page may share bytes, eight at most: items begin at multiples
-  // of eight.
-  constexpr int64_t kTokens = 16;
   if (args.rows == 0) return;
   const KvPageLayout& layout = *args.kv.layout;
   const int64_t first = args.begin / kTokens, end = args.begin + args.rows;
   pool.parallel_for((end - 1) / kTokens + 1 - first, [&](int64_t item, int) {
     const int64_t from = std::max(args.begin, (first + item) * kTokens);
     const int64_t to = std::min(end, (first + item + 1) * kTokens);
-    for (int64_t token = from; token < to; ++token) {
-      std::byte* const page = args.kv.pages[token / kPageTokens];
-      const int slot = static_cast<int>(token % kPageTokens);
-      const int64_t row = token - args.begin;
-      for (int head = 0; head < layout.kv_heads; ++head) {
-        const int64_t at = int64_t{head} * layout.head_dim;
-        std::byte* const part = page + layout.head_bytes * static_cast<size_t>(head);
-        AppendPart(layout, layout.k, true, part, slot, args.k + row * args.k_stride + at);
-        AppendPart(layout, layout.v, false, part, slot, args.v + row * args.v_stride + at);
+    const bool together = layout.k.has_codes() && to - from == kTokens;
+    for (int head = 0; head < layout.kv_heads; ++head) {
+      const int64_t at = int64_t{head} * layout.head_dim;
+      const size_t head_at = layout.head_bytes * static_cast<size_t>(head);
+      // An item lies within a page.
+      std::byte* const part = args.kv.pages[from / kPageTokens] + head_at;
+      const auto slot_of = [](int64_t token) { return static_cast<int>(token % kPageTokens); };
+      const float* const k = args.k + (from - args.begin) * args.k_stride + at;
+      const float* const v = args.v + (from - args.begin) * args.v_stride + at;
+      if (together) AppendKeys(layout, part, slot_of(from), k, args.k_stride);
+      for (int64_t token = from; token < to; ++token) {
+        const int64_t row = token - from;
+        if (!together)
+          AppendPart(layout, layout.k, true, part, slot_of(token), k + row * args.k_stride);
+        AppendPart(layout, layout.v, false, part, slot_of(token), v + row * args.v_stride);
       }
     }
   });
