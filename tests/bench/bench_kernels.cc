@@ -94,7 +94,7 @@ AlignedBuffer<float> aligned_random_values(size_t count) {
   return aligned;
 }
 
-// Copies of one linear, at least 64 MB together (few rows), so that weights come from memory as
+// Copies of one linear, at least 512 MB together (few rows), so that weights come from memory as
 // they do in a model.
 void bench_linear(const backend::Backend& backend, ThreadPool& pool, const Options& options,
                   const model::WeightFormat& format, const model::ActivationFormat& activations,
@@ -107,7 +107,7 @@ void bench_linear(const backend::Backend& backend, ThreadPool& pool, const Optio
   auto packed =
       quant::pack_linear(weights.data(), out, in, format, quant::AffineRange::kIncludeZero);
   const int64_t copies =
-      rows > 16 ? 1 : std::max<int64_t>(1, (int64_t{64} << 20) / packed->view.bytes);
+      rows > 16 ? 1 : std::max<int64_t>(1, (int64_t{512} << 20) / packed->view.bytes);
   std::vector<AlignedBuffer<std::byte>> data(static_cast<size_t>(copies));
   for (auto& buffer : data) {
     buffer.reserve(packed->data_bytes);
@@ -162,7 +162,7 @@ void bench_attention(const backend::Backend& backend, ThreadPool& pool, const Op
   const int64_t count = (length + quant::kPageTokens - 1) / quant::kPageTokens;
   const size_t bytes = static_cast<size_t>(count) * layout.page_bytes;
   // Decoding: the layers of a model, so that pages come from memory.
-  const size_t copies = rows > 1 ? 1 : (size_t{128} << 20) / bytes + 1;
+  const size_t copies = rows > 1 ? 1 : (size_t{512} << 20) / bytes + 1;
   AlignedBuffer<std::byte> storage(copies * bytes);
   std::vector<std::byte*> pages;
   for (size_t i = 0; i < copies * static_cast<size_t>(count); ++i)

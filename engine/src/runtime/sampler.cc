@@ -30,6 +30,46 @@ Status out_of_range(const char* name, T value, const std::string& range) {
 
 float bounded(float logit) { return std::clamp(logit, -kLargestLogit, kLargestLogit); }
 
+// Logits are looked at in lanes, which compilers turn into vectors: one after the other, a
+// vocabulary of 150,000 took longer than two layers of a small model.
+constexpr size_t kLanes = 16;
+constexpr size_t kBlock = 1024;  // logits
+
+bool all_finite(std::span<const float> logits) {
+  float zeros[kLanes] = {};  // and NaN from the first on that is not finite
+  size_t i = 0;
+  for (; i + kLanes <= logits.size(); i += kLanes) {
+    for (size_t lane = 0; lane < kLanes; ++lane) zeros[lane] += 0.0f * logits[i + lane];
+  }
+  for (; i < logits.size(); ++i) zeros[0] += 0.0f * logits[i];
+  return std::accumulate(zeros, zeros + kLanes, 0.0f) == 0.0f;
+}
+
+// Of none that is NaN.
+float largest_of(std::span<const float> logits) {
+  float most[kLanes];
+  std::fill_n(most, kLanes, kMasked);
+  size_t i = 0;
+  for (; i + kLanes <= logits.size(); i += kLanes) {
+    for (size_t lane = 0; lane < kLanes; ++lane)
+      most[lane] = most[lane] < logits[i + lane] ? logits[i + lane] : most[lane];
+  }
+  for (; i < logits.size(); ++i) most[0] = std::max(most[0], logits[i]);
+  return *std::max_element(most, most + kLanes);
+}
+
+// The first of the largest.
+size_t index_of_largest(std::span<const float> logits) {
+  float largest = kMasked;
+  size_t block = 0;
+  for (size_t i = 0; i < logits.size(); i += kBlock) {
+    const float most = largest_of(logits.subspan(i, std::min(kBlock, logits.size() - i)));
+    if (most > largest) largest = most, block = i;
+  }
+  const auto from = logits.begin() + static_cast<std::ptrdiff_t>(block);
+  return static_cast<size_t>(std::find(from, logits.end(), largest) - logits.begin());
+}
+
 bool contains(std::span<const TokenId> tokens, TokenId token) {
   return std::find(tokens.begin(), tokens.end(), token) != tokens.end();
 }
@@ -123,25 +163,24 @@ Result<Choice> Sampler::pick(std::span<float> logits) {
                      std::to_string(vocab_),
                  ""};
   }
-  for (size_t i = 0; i < logits.size(); ++i) {
-    if (!std::isfinite(logits[i])) {
-      return Error{
-          Code::kInternal,
-          "Sampler: the logit of token " + std::to_string(i) + " is " + std::to_string(logits[i]),
-          "the model's weights or the input rows hold values that are not finite"};
-    }
+  if (!all_finite(logits)) {
+    const auto at = std::find_if_not(logits.begin(), logits.end(),
+                                     [](float logit) { return std::isfinite(logit); });
+    return Error{Code::kInternal,
+                 "Sampler: the logit of token " + std::to_string(at - logits.begin()) + " is " +
+                     std::to_string(*at),
+                 "the model's weights or the input rows hold values that are not finite"};
   }
   if (sampling_.top_logprobs >= 0) std::copy(logits.begin(), logits.end(), raw_.begin());
   adjust(logits);
-  // max_element returns the first of equals: the lowest id.
-  const auto best = std::max_element(logits.begin(), logits.end());
-  if (*best == kMasked) {
+  const size_t best = index_of_largest(logits);  // of equals the lowest id
+  if (logits[best] == kMasked) {
     return Error{Code::kInvalidArgument, "sampling: min_tokens masks the whole vocabulary",
                  "list fewer stop tokens, or set min_tokens to 0"};
   }
   Choice choice;
-  choice.token = sampling_.temperature > 0.0f ? sample(logits, *best)
-                                              : static_cast<TokenId>(best - logits.begin());
+  choice.token =
+      sampling_.temperature > 0.0f ? sample(logits, logits[best]) : static_cast<TokenId>(best);
   if (sampling_.top_logprobs >= 0) fill_logprobs(&choice);
   count(choice.token);
   return choice;

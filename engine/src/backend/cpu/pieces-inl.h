@@ -210,10 +210,18 @@ void ForPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t blocks, co
   });
 }
 
-constexpr int64_t kStreamStep = 4;  // units
+constexpr int64_t kStreamStep = 4;  // units, at most
+
+// Units of a step. Long rows take fewer: threads wait for the last step of a linear.
+inline int64_t StreamStepOf(const LinearWeights& w) {
+  constexpr int64_t kBytes = 32 << 10;
+  const int64_t unit = static_cast<int64_t>(w.bytes) / w.tiles * kLanes / kTileRows;
+  return std::clamp<int64_t>(kBytes / std::max<int64_t>(unit, 1), 1, kStreamStep);
+}
 
 // Calls run(linear, unit, count) for all units of all linears of a call, in steps: few rows, where
-// weights are read once. Each thread reads consecutive columns.
+// weights are read once. Each thread reads consecutive columns. The linears of a run take the steps
+// of its first.
 template <class Run>
 void StreamSteps(const ops::LinearArgs& args, ThreadPool& pool, const Run& run) {
   const auto units = [](const ops::LinearArgs& one) {
@@ -221,10 +229,13 @@ void StreamSteps(const ops::LinearArgs& args, ThreadPool& pool, const Run& run) 
   };
   ForPieces(
       args, pool, 1,
-      [&](const ops::LinearArgs& one) { return (units(one) + kStreamStep - 1) / kStreamStep; },
-      [&](const ops::LinearArgs&, const ops::LinearArgs& one, int64_t, int64_t step) {
-        const int64_t unit = step * kStreamStep;
-        run(one, unit, std::min(kStreamStep, units(one) - unit));
+      [&](const ops::LinearArgs& one) {
+        const int64_t step = StreamStepOf(*one.w);
+        return (units(one) + step - 1) / step;
+      },
+      [&](const ops::LinearArgs& first, const ops::LinearArgs& one, int64_t, int64_t piece) {
+        const int64_t step = StreamStepOf(*first.w), unit = piece * step;
+        run(one, unit, std::min(step, units(one) - unit));
       });
 }
 

@@ -72,6 +72,25 @@ HWY_INLINE VF LoadTileVector(const T* tiles, int64_t tile_stride, int64_t unit, 
 }
 using DTile = hn::CappedTag<float, kTileRows>;
 
+#if HWY_TARGET == HWY_AVX3_DL
+// The numbers of one group of a tile, in a table of the scales' type, [tiles, groups, 8].
+HWY_INLINE hn::Vec<DTile> TileNumbers(const LinearWeights& w, const void* table, int64_t tile,
+                                      int64_t group) {
+  const int64_t at = (tile * w.groups + group) * kTileRows;
+  if (w.format.scale == DType::kF32)
+    return hn::LoadU(DTile(), static_cast<const float*>(table) + at);
+  const hn::Rebind<hwy::float16_t, DTile> d16;
+  return hn::PromoteTo(DTile(), hn::LoadU(d16, static_cast<const hwy::float16_t*>(table) + at));
+}
+HWY_INLINE hn::Vec<DTile> TileZeros(const LinearWeights& w, int64_t tile, int64_t group) {
+  if (w.zeros == nullptr) return hn::Set(DTile(), static_cast<float>(1 << (w.format.bits - 1)));
+  const hn::Rebind<uint8_t, DTile> d8;
+  const hn::Rebind<int32_t, DTile> di;
+  const auto zeros = hn::LoadU(d8, w.zeros + (tile * w.groups + group) * kTileRows);
+  return hn::ConvertTo(DTile(), hn::PromoteTo(di, zeros));
+}
+#endif
+
 // A vector of a table of the scales' type, [tiles, groups, 8].
 HWY_INLINE VF LoadNumbers(const LinearWeights& w, const void* table, int64_t unit, int64_t group) {
   const int64_t stride = int64_t{w.groups} * kTileRows;
