@@ -61,34 +61,44 @@ inline IntegerScratch& ThreadIntegerScratch() {
   return scratch;
 }
 
-template <int kPlanes, int kRows, bool kCentered>
-HWY_NOINLINE void IntegerMicro(const IntegerBlock& b) {
+// One span: sums[row][vector] (`kFresh`: 0) plus its products, scaled.
+template <int kPlanes, int kRows, bool kCentered, bool kFresh>
+HWY_INLINE void AddSpanProducts(const IntegerBlock& b, int64_t span, int64_t begin,
+                                const float* HWY_RESTRICT numbers,
+                                const float* HWY_RESTRICT input_sums, float* HWY_RESTRICT sums) {
   constexpr int kVectors = kIntegerVectors;
   const DF df;
-  const float* HWY_RESTRICT numbers = b.numbers;
-  const float* HWY_RESTRICT input_sums = b.input_sums;
-  float* HWY_RESTRICT sums = b.sums;
+  VI totals[kRows * kVectors];
+  SpanProducts<kPlanes, kRows, kCentered>(b, span, begin, std::min(begin + b.span_steps, b.steps),
+                                          totals);
+  SpanNumbers n[kVectors];
+  Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+    n[v].scale = hn::Load(df, numbers + v * kLanes);
+    n[v].shift = hn::Load(df, numbers + (kVectors + v) * kLanes);
+  });
   const int64_t input_spans = b.input_spans;
-  int64_t span = 0;
-  for (int64_t begin = 0; begin < b.steps; begin += b.span_steps, ++span) {
-    const int64_t end = std::min(begin + b.span_steps, b.steps);
-    VI totals[kRows * kVectors];
-    SpanProducts<kPlanes, kRows, kCentered>(b, span, begin, end, totals);
-    SpanNumbers n[kVectors];
+  Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+    const VF inputs = hn::Set(df, input_sums[r * input_spans]);
     Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
-      n[v].scale = hn::Load(df, numbers + v * kLanes);
-      n[v].shift = hn::Load(df, numbers + (kVectors + v) * kLanes);
+      float* const sum = sums + r * kIntegerSumStride + v * kLanes;
+      const VF old = kFresh ? hn::Zero(df) : hn::Load(df, sum);
+      hn::Store(AddSpan(old, totals[r * kVectors + v], n[v], inputs), df, sum);
     });
-    numbers += 2 * kVectors * kLanes;
-    const bool fresh = b.first && begin == 0;
-    Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-      const float inputs = input_sums[r * input_spans + span];
-      Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
-        float* const sum = sums + r * kIntegerSumStride + v * kLanes;
-        const VF old = fresh ? hn::Zero(df) : hn::Load(df, sum);
-        hn::Store(AddSpan(old, totals[r * kVectors + v], n[v], inputs), df, sum);
-      });
-    });
+  });
+}
+
+template <int kPlanes, int kRows, bool kCentered>
+HWY_NOINLINE void IntegerMicro(const IntegerBlock& b) {
+  const float* numbers = b.numbers;
+  int64_t span = 0, begin = 0;
+  // Out of the loop: the compiler would look for every row whether it is the first span.
+  if (b.first) {
+    AddSpanProducts<kPlanes, kRows, kCentered, true>(b, 0, 0, numbers, b.input_sums, b.sums);
+    span = 1, begin = b.span_steps;
+  }
+  for (; begin < b.steps; begin += b.span_steps, ++span) {
+    AddSpanProducts<kPlanes, kRows, kCentered, false>(
+        b, span, begin, numbers + span * 2 * kIntegerColumns, b.input_sums + span, b.sums);
   }
 }
 
