@@ -16,6 +16,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "src/backend/cpu/math-inl.h"
+#include "src/backend/cpu/transpose-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
@@ -58,11 +59,12 @@ struct FloatHead {
   // K [tokens][dims]; V [blocks of tokens][dims][64].
   void ReadKeysAndValues() const {
     for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t from = Place(t);
-      std::memcpy(s.k_rows.data() + t * k_stride, args.k + from,
+      std::memcpy(s.k_rows.data() + t * k_stride, args.k + Place(t),
                   static_cast<size_t>(dims) * sizeof(float));
-      float* const to = Values(t - t % kBlockTokens) + t % kBlockTokens;
-      for (int64_t d = 0; d < dims; ++d) to[d * kValueStride] = args.v[from + d];
+    }
+    for (int64_t t = 0; t < tokens; t += kBlockTokens) {
+      Transpose(args.v + Place(t), args.stride, std::min(kBlockTokens, tokens - t), dims, Values(t),
+                kValueStride);
     }
   }
   int64_t Place(int64_t token) const { return base + token * args.stride; }
@@ -94,10 +96,7 @@ struct QueryTile {
   void ReadQueries() const {
     float* const panel = s.q_panel.data();
     if (rows < kQueries) std::fill(panel, panel + dims * kQueries, 0.0f);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* const q = args.q + head.Place(row + r);
-      for (int64_t d = 0; d < dims; ++d) panel[d * kQueries + r] = q[d];
-    }
+    Transpose(args.q + head.Place(row), args.stride, rows, dims, panel, kQueries);
   }
 
   // scores [count][kQueries] of the tokens from `begin` on.
@@ -190,10 +189,7 @@ struct QueryTile {
         hn::Store(hn::Add(hn::Mul(hn::Load(df, at), inverse), hn::Zero(df)), df, at);
       }
     });
-    for (int64_t r = 0; r < rows; ++r) {
-      float* const to = args.out + head.Place(row + r);
-      for (int64_t d = 0; d < dims; ++d) to[d] = out[d * kQueries + r];
-    }
+    Transpose(out, kQueries, dims, rows, args.out + head.Place(row), args.stride);
   }
 
   void Run() {

@@ -18,6 +18,7 @@
 #include "hwy/highway.h"
 #include "src/backend/cpu/attention_scratch.h"
 #include "src/backend/cpu/pages-inl.h"
+#include "src/backend/cpu/transpose-inl.h"
 #include "src/backend/cpu/word_products-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -196,9 +197,7 @@ struct EncoderWords {
         hn::Store(hn::Mul(scaled, inverse), df, at);
       }
     });
-    for (int64_t r = 0; r < rows; ++r, to += to_stride) {
-      for (int64_t d = 0; d < dims; ++d) to[d] = out[d * kQueries + r];
-    }
+    Transpose(out, kQueries, dims, rows, to, to_stride);
   }
 };
 
