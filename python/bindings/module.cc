@@ -145,7 +145,7 @@ PYBIND11_MODULE(_framequilt, m) {
            }),
            py::arg("model"), py::arg("kv") = "", py::arg("activations") = "",
            py::arg("numerics") = "int", py::arg("memory_bytes") = uint64_t{1} << 30,
-           py::arg("threads") = 0, py::arg("chunk_rows") = 256, py::arg("max_sequences") = 64,
+           py::arg("threads") = 0, py::arg("chunk_rows") = 512, py::arg("max_sequences") = 64,
            py::arg("max_context") = 0, py::arg("simd") = "", py::arg("page_shuffle_seed") = 0,
            py::arg("manual_step") = false, py::arg("text") = true)
       .def("submit", &PyEngine::submit, py::arg("request"))

@@ -186,7 +186,7 @@ class Engine:
         memory: int | str = "1GiB",
         threads: int = 0,
         max_sequences: int = 64,
-        chunk_rows: int = 256,
+        chunk_rows: int = 512,
         max_context: int = 0,
         simd: str = "",
         verify: bool = False,

@@ -218,7 +218,7 @@ def test_options_reach_the_native_engine(native, tmp_path):
         "numerics": "int",
         "memory_bytes": 2 * 2**30,
         "threads": 3,
-        "chunk_rows": 256,
+        "chunk_rows": 512,
         "max_sequences": 5,
         "max_context": 0,
         "simd": "",

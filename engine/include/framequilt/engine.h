@@ -28,7 +28,7 @@ struct EngineOptions {
   std::string numerics = "int";
   uint64_t memory_bytes = 1ull << 30;  // KV pages + workspace; weights are mapped and not counted
   int threads = 0;                     // 0: one per physical core available to the process
-  int chunk_rows = 256;    // rows of one prefill step (and of one tile in layer-major prefill)
+  int chunk_rows = 512;    // rows of one prefill step (and of one tile in layer-major prefill)
   int max_sequences = 64;  // admitted at once; more wait in FIFO order
   int max_context = 0;     // 0: the model's
   std::string simd =
