@@ -169,7 +169,7 @@ def test_results_of_another_number_of_threads_are_not_merged() -> None:
 
 def test_results_of_processors_with_other_instructions_are_not_merged() -> None:
     stored = {path.stem: json.loads(path.read_text()) for path in STORED.parent.glob("*.json")}
-    assert stored.keys() == {"amx", "avx2", "avx512", "zen1", "zen4-avx2"}
+    assert stored.keys() == {"amx", "avx2", "avx512", "zen1", "zen4-avx2", "zen5"}
     with pytest.raises(merging.Mismatch, match="avx512_vnni"):
         merging.merge(stored["avx512"], stored["avx2"])
     with pytest.raises(merging.Mismatch, match="family 23"):  # the same name and instructions

@@ -407,7 +407,12 @@ void IntegerStream(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool
                    : args.rows == 2 ? &IntegerStreamRows<kBits, 2>
                    : args.rows <= 4 ? &IntegerStreamRows<kBits, 4>
                                     : &IntegerStreamRows<kBits, kMost>;
-  StreamSteps(args, pool, [&](const ops::LinearArgs& one, int64_t unit, int64_t count) {
+#if FRAMEQUILT_TILE_STREAM
+  const int64_t at_once = kTileStream<kBits> && args.rows == 1 ? 1 : kStreamStep;
+#else
+  constexpr int64_t at_once = kStreamStep;
+#endif
+  StreamSteps(args, pool, at_once, [&](const ops::LinearArgs& one, int64_t unit, int64_t count) {
 #if FRAMEQUILT_TILE_STREAM
     if constexpr (kTileStream<kBits>) {
       if (one.rows == 1) return StreamTiles<kBits>(one, inputs, unit, count);

@@ -284,15 +284,16 @@ void Stream(const ops::LinearArgs& args, ThreadPool& pool) {
   const int64_t first = eight || args.rows <= 4 ? args.rows : (args.rows + 1) / 2;
   const BlockFn all_eight = &StreamBlock < Format, kManyRegisters ? 8 : 4 > ;
   const BlockFn run_first = eight ? all_eight : kBlocks[first - 1];
-  StreamSteps(args, pool, [&](const ops::LinearArgs& one, int64_t unit, int64_t count) {
-    run_first(one, unit, count);
-    if (first == one.rows) return;
-    ops::LinearArgs rest = one;
-    rest.x += first * one.x_stride;
-    rest.y += first * one.y_stride;
-    rest.rows -= first;
-    kBlocks[rest.rows - 1](rest, unit, count);
-  });
+  StreamSteps(args, pool, kStreamStep,
+              [&](const ops::LinearArgs& one, int64_t unit, int64_t count) {
+                run_first(one, unit, count);
+                if (first == one.rows) return;
+                ops::LinearArgs rest = one;
+                rest.x += first * one.x_stride;
+                rest.y += first * one.y_stride;
+                rest.rows -= first;
+                kBlocks[rest.rows - 1](rest, unit, count);
+              });
 }
 
 // --- Many rows: panels in cache --------------------------------------------------------------
@@ -374,7 +375,7 @@ void RunLinearSmall(const ops::LinearArgs& args, ThreadPool& pool) {
   if (args.rows == 0) return;
   if (args.activations.bf16) return RunRounded(args, pool, &RunLinearSmall<Format>);
   if (args.rows > 1) return RunPanels(args, pool, PanelFormatOf<Format>(*args.w));
-  StreamSteps(args, pool, [](const ops::LinearArgs& one, int64_t unit, int64_t count) {
+  StreamSteps(args, pool, kStreamStep, [](const ops::LinearArgs& one, int64_t unit, int64_t count) {
     StreamBlock<Format, 1>(one, unit, count);
   });
 }

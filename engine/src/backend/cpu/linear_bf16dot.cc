@@ -174,9 +174,10 @@ void StreamAllPairs(const ops::LinearArgs& args, const RoundedInputs& inputs, Th
   const auto run = args.rows == 1   ? &StreamPairRows<Format, 1>
                    : args.rows <= 4 ? &StreamPairRows<Format, 4>
                                     : &StreamPairRows<Format, kPairStreamRows>;
-  StreamSteps(args, pool, [&](const ops::LinearArgs& one, int64_t unit, int64_t count) {
-    run(one, inputs, 0, one.rows, unit, count);
-  });
+  StreamSteps(args, pool, kStreamStep,
+              [&](const ops::LinearArgs& one, int64_t unit, int64_t count) {
+                run(one, inputs, 0, one.rows, unit, count);
+              });
 }
 
 // --- Many rows: panels in cache --------------------------------------------------------------

@@ -212,29 +212,31 @@ void ForPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t blocks, co
 
 constexpr int64_t kStreamStep = 4;  // units, at most
 
-// Units of a step. Long rows take fewer: threads wait for the last step of a linear.
-inline int64_t StreamStepOf(const LinearWeights& w) {
+// Units of a step, at least `least`. Long rows take fewer: threads wait for the last step of a
+// linear.
+inline int64_t StreamStepOf(const LinearWeights& w, int64_t least) {
   constexpr int64_t kBytes = 32 << 10;
-  const int64_t unit = static_cast<int64_t>(w.bytes) / w.tiles * kLanes / kTileRows;
-  return std::clamp<int64_t>(kBytes / std::max<int64_t>(unit, 1), 1, kStreamStep);
+  const int64_t unit = w.bytes / w.tiles * kLanes / kTileRows;
+  return std::clamp<int64_t>(kBytes / std::max<int64_t>(unit, 1), least, kStreamStep);
 }
 
 // Calls run(linear, unit, count) for all units of all linears of a call, in steps: few rows, where
-// weights are read once. Each thread reads consecutive columns. The linears of a run take the steps
-// of its first.
+// weights are read once. Each thread reads consecutive columns. `at_once`: units that `run`
+// computes together, whether there are as many or not. The linears of a run take the steps of its
+// first.
 template <class Run>
-void StreamSteps(const ops::LinearArgs& args, ThreadPool& pool, const Run& run) {
+void StreamSteps(const ops::LinearArgs& args, ThreadPool& pool, int64_t at_once, const Run& run) {
   const auto units = [](const ops::LinearArgs& one) {
     return int64_t{one.w->tiles} * kTileRows / kLanes;
   };
   ForPieces(
       args, pool, 1,
       [&](const ops::LinearArgs& one) {
-        const int64_t step = StreamStepOf(*one.w);
+        const int64_t step = StreamStepOf(*one.w, at_once);
         return (units(one) + step - 1) / step;
       },
       [&](const ops::LinearArgs& first, const ops::LinearArgs& one, int64_t, int64_t piece) {
-        const int64_t step = StreamStepOf(*first.w), unit = piece * step;
+        const int64_t step = StreamStepOf(*first.w, at_once), unit = piece * step;
         run(one, unit, std::min(step, units(one) - unit));
       });
 }
