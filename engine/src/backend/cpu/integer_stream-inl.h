@@ -297,10 +297,10 @@ class StreamTile {
 template <int kBits>
 constexpr bool kTileStream = kBits == 4 || kBits == 8;
 
-// The sums of a row of inputs with the 8 rows of a tile. Out of line, because a hardware prefetcher
-// tells streams apart by the instruction that reads them: with two copies of this loop, for even
-// and odd tiles, each saw its stream jump after every tile, and those of 896 inputs came at four
-// fifths of the rate (Zen 5).
+// The sums of a row of inputs with the 8 rows of a tile. Out of line: with two copies of this loop,
+// for even and odd tiles, tiles of 896 inputs came from memory at four fifths of the rate (Zen 5),
+// presumably because a hardware prefetcher tells streams apart by the instruction that reads them,
+// and each copy saw its stream jump after every tile.
 template <int kBits>
 HWY_NOINLINE hn::Vec<DTile> TileSums(const LinearWeights& w, const Inputs& inputs, int64_t tile) {
   constexpr int64_t kHalfBytes = SuperblockBytes(kBits) / 2;
