@@ -51,7 +51,7 @@ class Engine:
         numerics: str = "int",
         memory_bytes: typing.SupportsInt | typing.SupportsIndex = 1073741824,
         threads: typing.SupportsInt | typing.SupportsIndex = 0,
-        chunk_rows: typing.SupportsInt | typing.SupportsIndex = 256,
+        chunk_rows: typing.SupportsInt | typing.SupportsIndex = 512,
         max_sequences: typing.SupportsInt | typing.SupportsIndex = 64,
         max_context: typing.SupportsInt | typing.SupportsIndex = 0,
         simd: str = "",
