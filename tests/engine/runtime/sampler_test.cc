@@ -156,6 +156,31 @@ TEST(Sampler, GreedyTakesTheLowestIdOfTheLargest) {
 }
 
 // Logits after bias and penalties, seen through greedy picks that leave them in place.
+// Logits are looked at in vectors, in blocks of them, and one by one at the end.
+TEST(Sampler, FindsTheLargestAndWhatIsNotFiniteAnywhereInALargeVocabulary) {
+  constexpr int kVocab = 2500;
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> below(-9.0f, -1.0f);
+  std::vector<float> logits(kVocab);
+  for (float& logit : logits) logit = below(random);
+  const auto pick = [&](const std::vector<float>& of) {
+    Sampler sampler({.temperature = 0.0f}, kVocab, {}, {});
+    std::vector<float> copy = of;
+    return sampler.pick(copy);
+  };
+  for (const int at : {0, 15, 16, 1000, 1023, 1024, 2047, 2048, 2495, 2496, 2499}) {
+    std::vector<float> one = logits;
+    one[static_cast<size_t>(at)] = -0.5f;
+    one[kVocab - 1] = -0.5f;  // as large, further on
+    EXPECT_EQ(pick(one)->token, at);
+    one[static_cast<size_t>(at)] = std::numeric_limits<float>::quiet_NaN();
+    const auto refused = pick(one);
+    ASSERT_FALSE(refused.ok()) << at;
+    EXPECT_NE(refused.error().message.find("token " + std::to_string(at) + " "), std::string::npos)
+        << refused.error().message;
+  }
+}
+
 TEST(Sampler, PenaltiesFollowTheirFormulas) {
   Sampling sampling{.temperature = 0.0f,
                     .repetition_penalty = 2.0f,
