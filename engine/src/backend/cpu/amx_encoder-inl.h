@@ -73,7 +73,7 @@ struct EncoderTiles {
     std::fill_n(s.k_scales.data(), columns, 0.0f);
   }
   // Keys: [key_bytes / 4][columns] words of 4 dims. Behind the codes there are zeros up to a word.
-  void AddKey(int64_t token, const int8_t* codes, float) const {
+  void AddKey(int64_t token, const int8_t* codes, int32_t) const {
     uint32_t* to = s.k.data() + token;
     for (int64_t d = 0; d < dims; d += 4, to += columns) std::memcpy(to, codes + d, 4);
   }

@@ -36,7 +36,9 @@ using EncoderCodes = EncoderWords;
 
 constexpr int64_t kTileQueries = EncoderCodes::kQueries;
 constexpr int64_t kValueTokens = 4;  // tokens whose values are stored together
-constexpr model::ActivationFormat kCodeFormat{.bits = 8, .symmetric = true};
+constexpr int64_t kRowsAhead = 8;
+constexpr int64_t kLineFloats = 16;
+constexpr int kCodeBits = 8;  // of queries and keys, symmetric
 
 // One head of one frame: its codes, then a tile of queries after the other.
 struct Head {
@@ -66,17 +68,53 @@ struct Head {
     codes.Reserve();
   }
 
-  // A row of the head, with zeros up to whole vectors.
-  void Load(const float* from, int64_t row, float* to) const {
-    std::memcpy(to, from + base + row * args.stride, static_cast<size_t>(dims) * sizeof(float));
-    std::fill(to + dims, to + stride, 0.0f);
+  // A vector of a row of the head from channel d on, with zeros behind the last one.
+  HWY_INLINE VF LoadPart(const float* row, int64_t d) const {
+    const DF df;
+    if (d + kLanes <= dims) return hn::LoadU(df, row + d);
+#if HWY_TARGET <= HWY_AVX2
+    return hn::MaskedLoad(hn::FirstN(df, static_cast<size_t>(dims - d)), df, row + d);
+#else  // reads whole vectors there
+    HWY_ALIGN float lanes[kLanes] = {};
+    std::memcpy(lanes, row + d, static_cast<size_t>(dims - d) * sizeof(float));
+    return hn::Load(df, lanes);
+#endif
   }
 
-  // The codes of such a row, in the scratch; their sum and scale.
-  void Quantize(const float* row, float* sum, float* scale) const {
-    float zero = 0;
-    QuantizeRow<false>(row, stride, stride, stride, kCodeFormat, s.codes.data(), sum, nullptr, {},
-                       scale, &zero);
+  // A row of q, k or v, whose rows of one head are pages apart: none would be there in time. So a
+  // later row is asked for as well.
+  HWY_INLINE const float* Row(const float* from, int64_t row) const {
+    const float* const at = from + base + row * args.stride;
+    if (row + kRowsAhead < tokens) {
+      for (int64_t d = 0; d < dims; d += kLineFloats)
+        __builtin_prefetch(at + kRowsAhead * args.stride + d);
+    }
+    return at;
+  }
+
+  // Writes the codes of a row, less `mean` if there is one, and returns their scale, NaN of values
+  // that are not finite: QuantizeRow of few values, most of whose time is what it does once a row.
+  template <bool kMean>
+  HWY_INLINE float Quantize(const float* from, const float* mean, int32_t* sum) const {
+    const DF df;
+    VF largest = hn::Zero(df), odd = hn::Zero(df);
+    float* const row = s.rows.data();
+    for (int64_t d = 0; d < stride; d += kLanes) {
+      VF v = LoadPart(from, d);
+      if constexpr (kMean) v = hn::Sub(v, hn::Load(df, mean + d));
+      largest = hn::Max(largest, hn::Abs(v));
+      odd = hn::Add(odd, hn::Sub(v, v));
+      hn::Store(v, df, row + d);
+    }
+    if (!hn::AllTrue(df, hn::Eq(odd, hn::Zero(df)))) {
+      std::memset(s.codes.data(), 0, static_cast<size_t>(stride));
+      *sum = 0;
+      return std::numeric_limits<float>::quiet_NaN();
+    }
+    constexpr float kMost = (1 << (kCodeBits - 1)) - 1;
+    const float scale = std::max(hn::GetLane(hn::MaxOfLanes(df, largest)), 1e-5f) / kMost;
+    *sum = RowCodes(kCodeBits, scale, 0, 0).OfSpan(row, stride, s.codes.data());
+    return scale;
   }
 
   // --- Keys and values ---------------------------------------------------------------------------
@@ -87,21 +125,17 @@ struct Head {
     float* const mean = s.out.data();
     std::fill(mean, mean + stride, 0.0f);
     for (int64_t t = 0; t < tokens; ++t) {
-      float* const row = s.rows.data() + t * stride;
-      Load(args.k, t, row);
+      const float* const row = Row(args.k, t);
       for (int64_t d = 0; d < stride; d += kLanes)
-        hn::Store(hn::Add(hn::Load(df, mean + d), hn::Load(df, row + d)), df, mean + d);
+        hn::Store(hn::Add(hn::Load(df, mean + d), LoadPart(row, d)), df, mean + d);
     }
     for (int64_t d = 0; d < stride; ++d) mean[d] /= static_cast<float>(tokens);
     codes.StartKeys();
     bool finite = true;
     for (int64_t t = 0; t < tokens; ++t) {
-      float* const row = s.rows.data() + t * stride;
-      for (int64_t d = 0; d < stride; d += kLanes)
-        hn::Store(hn::Sub(hn::Load(df, row + d), hn::Load(df, mean + d)), df, row + d);
-      float sum = 0;
-      float& scale = s.k_scales[static_cast<size_t>(t)];
-      Quantize(row, &sum, &scale);
+      int32_t sum = 0;
+      const float scale = Quantize<true>(Row(args.k, t), mean, &sum);
+      s.k_scales[static_cast<size_t>(t)] = scale;
       finite = finite && std::isfinite(scale);
       codes.AddKey(t, s.codes.data(), sum);
     }
@@ -115,9 +149,10 @@ struct Head {
     std::fill(scales, scales + stride, 0.0f);
     for (int64_t t = 0; t < tokens; ++t) {
       float* const row = s.rows.data() + t * stride;
-      Load(args.v, t, row);
+      const float* const from = Row(args.v, t);
       for (int64_t d = 0; d < stride; d += kLanes) {
-        const VF v = hn::Load(df, row + d);
+        const VF v = LoadPart(from, d);
+        hn::Store(v, df, row + d);
         odd = hn::Add(odd, hn::Sub(v, v));
         hn::Store(hn::Max(hn::Load(df, scales + d), hn::Abs(v)), df, scales + d);
       }
@@ -146,13 +181,10 @@ struct Head {
   // factors: what turns the difference of two scores of a row into the exponent of 2. Rows behind
   // the last one repeat it, and nobody uses them.
   void ReadQueries(int64_t row, int64_t rows, float* factors) const {
-    float* const padded = s.rows.data();
-    float sum = 0, scale = 0;
+    int32_t sum = 0;
+    float scale = 0;
     for (int64_t r = 0; r < kTileQueries; ++r) {
-      if (r < rows) {
-        Load(args.q, row + r, padded);
-        Quantize(padded, &sum, &scale);
-      }
+      if (r < rows) scale = Quantize<false>(Row(args.q, row + r), nullptr, &sum);
       factors[r] = scale * args.scale * Constants::kLog2E;
       codes.AddQuery(r, s.codes.data());
     }

@@ -63,16 +63,23 @@ struct Range {
 
 HWY_INLINE Range RangeOf(const float* x, int64_t n) {
   const DF df;
-  VF low = hn::Zero(df), high = hn::Zero(df), odd = hn::Zero(df);
+  constexpr int kAtOnce = 2;  // one after the other they would wait for the sum
+  VF low[kAtOnce], high[kAtOnce], odd[kAtOnce];
+  for (int v = 0; v < kAtOnce; ++v) low[v] = high[v] = odd[v] = hn::Zero(df);
+  const auto take = [&](int v, const float* at) FRAMEQUILT_INLINE {
+    const VF values = hn::LoadU(df, at);
+    low[v] = hn::Min(low[v], values);
+    high[v] = hn::Max(high[v], values);
+    // 0, or NaN from the first value on that is not finite
+    odd[v] = hn::Add(odd[v], hn::Sub(values, values));
+  };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const VF v = hn::LoadU(df, x + i);
-    low = hn::Min(low, v);
-    high = hn::Max(high, v);
-    odd = hn::Add(odd, hn::Sub(v, v));  // 0, or NaN from the first value on that is not finite
-  }
-  Range range{hn::GetLane(hn::MinOfLanes(df, low)), hn::GetLane(hn::MaxOfLanes(df, high)),
-              hn::AllTrue(df, hn::Eq(odd, hn::Zero(df)))};
+  for (; i + kAtOnce * kLanes <= n; i += kAtOnce * kLanes)
+    Unrolled<kAtOnce>([&](auto v) FRAMEQUILT_INLINE { take(v, x + i + v * kLanes); });
+  for (; i + kLanes <= n; i += kLanes) take(0, x + i);
+  Range range{hn::GetLane(hn::MinOfLanes(df, hn::Min(low[0], low[1]))),
+              hn::GetLane(hn::MaxOfLanes(df, hn::Max(high[0], high[1]))),
+              hn::AllTrue(df, hn::Eq(hn::Add(odd[0], odd[1]), hn::Zero(df)))};
   for (; i < n; ++i) {
     range.low = std::min(range.low, x[i]);
     range.high = std::max(range.high, x[i]);
@@ -81,9 +88,105 @@ HWY_INLINE Range RangeOf(const float* x, int64_t n) {
   return range;
 }
 
-// Codes of inputs in sequence: their sum, and, where products are added up in pairs, how much the
-// positive and the negative ones of each pair sum add up to.
-template <bool kPairs>
+using DB = hn::Repartition<int8_t, DI>;
+using VB = hn::Vec<DB>;
+
+// Four vectors of integers as one of bytes, in order; what does not fit becomes the nearest byte.
+HWY_INLINE VB NarrowToBytes(const VI (&v)[4]) {
+#if HWY_ARCH_X86
+  // Packing goes by 128 bits, each of which has one word of every vector in the end.
+#if HWY_TARGET <= HWY_AVX3
+  const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(v[0].raw, v[1].raw),
+                                           _mm512_packs_epi32(v[2].raw, v[3].raw));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  // Plain _mm512_permutexvar_epi32 makes GCC warn of what its own header leaves uninitialized.
+  return VB{_mm512_maskz_permutexvar_epi32(0xFFFF, order, bytes)};
+#elif HWY_TARGET == HWY_AVX2
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0].raw, v[1].raw),
+                                           _mm256_packs_epi32(v[2].raw, v[3].raw));
+  return VB{_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))};
+#else
+  return VB{
+      _mm_packs_epi16(_mm_packs_epi32(v[0].raw, v[1].raw), _mm_packs_epi32(v[2].raw, v[3].raw))};
+#endif
+#else
+  const int16x8_t low = vqmovn_high_s32(vqmovn_s32(v[0].raw), v[1].raw);
+  const int16x8_t high = vqmovn_high_s32(vqmovn_s32(v[2].raw), v[3].raw);
+  return VB{vqmovn_high_s16(vqmovn_s16(low), high)};
+#endif
+}
+
+// Lane i: sum + bytes 4i to 4i + 3.
+HWY_INLINE VI AddFourBytes(VI sum, VB bytes) {
+  const VU ones = hn::Set(DU(), 0x01010101u);
+#if FRAMEQUILT_DIRECT_DOT
+  return DirectDot(sum, ones, hn::BitCast(DU(), bytes));
+#else
+  return AddPairs<1>(sum, PairProducts(ones, hn::BitCast(DU(), bytes)));
+#endif
+}
+
+// How values of a row become codes, less a base (Inputs::minus_zeros; all in integers: it makes no
+// difference where the base is taken off).
+class RowCodes {
+ public:
+  RowCodes(int bits, float scale, int32_t zero, int32_t base)
+      : quotient_(scale, static_cast<float>(1 << bits)),
+        shift_(zero - base),
+        low_(-(1 << (bits - 1)) - base),
+        high_((1 << (bits - 1)) - 1 - base) {}
+
+  HWY_INLINE VI operator()(VF x) const {
+    const DI di;
+    const VI code = hn::Add(quotient_(x), hn::Set(di, shift_));
+    return hn::Min(hn::Max(code, hn::Set(di, low_)), hn::Set(di, high_));
+  }
+
+  // Writes the codes of a span, which have no base, and returns their sum.
+  HWY_INLINE int32_t OfSpan(const float* x, int64_t n, int8_t* codes) const {
+    const DF df;
+    const DI di;
+    const DB d8;
+    constexpr int kAtOnce = 4;  // vectors of values: one of codes
+    const VI shift = hn::Set(di, shift_);
+    const VB low = hn::Set(d8, static_cast<int8_t>(low_));
+    const VB high = hn::Set(d8, static_cast<int8_t>(high_));
+    VI sum = hn::Zero(di);
+    int64_t i = 0;
+    for (; i + kAtOnce * kLanes <= n; i += kAtOnce * kLanes) {
+      VF values[kAtOnce];
+      VI q[kAtOnce];
+      Unrolled<kAtOnce>([&](auto v)
+                            FRAMEQUILT_INLINE { values[v] = hn::LoadU(df, x + i + v * kLanes); });
+      quotient_.Of(values, q);
+      Unrolled<kAtOnce>([&](auto v) FRAMEQUILT_INLINE { q[v] = hn::Add(q[v], shift); });
+      // Narrowing ends at the least and the greatest code of 8 bits; there may be fewer.
+      const VB c = hn::Min(hn::Max(NarrowToBytes(q), low), high);
+      hn::StoreU(c, d8, codes + i);
+      sum = AddFourBytes(sum, c);
+    }
+    const hn::Rebind<int8_t, DF> d8_of_vector;
+    for (; i + kLanes <= n; i += kLanes) {
+      const VI q = (*this)(hn::LoadU(df, x + i));
+      hn::StoreU(hn::DemoteTo(d8_of_vector, q), d8_of_vector, codes + i);
+      sum = hn::Add(sum, q);
+    }
+    int32_t rest = 0;
+    for (; i < n; ++i) {
+      const int32_t q = hn::GetLane((*this)(hn::Set(df, x[i])));
+      codes[i] = static_cast<int8_t>(q);
+      rest += q;
+    }
+    return hn::GetLane(hn::SumOfLanes(di, sum)) + rest;
+  }
+
+ private:
+  RoundedQuotient quotient_;
+  int32_t shift_, low_, high_;
+};
+
+// Codes of inputs in sequence that are added up in pairs: their sum, and how much the positive and
+// the negative ones of each pair sum add up to.
 struct InputSums {
   VI positive, sum;
   int32_t rest_sum, rest[2];  // of codes that came alone
@@ -93,7 +196,7 @@ struct InputSums {
     rest_sum = rest[0] = rest[1] = 0;
   }
   HWY_INLINE void Add(VI codes) {
-    if constexpr (kPairs) positive = hn::Add(positive, hn::Max(codes, hn::Zero(DI())));
+    positive = hn::Add(positive, hn::Max(codes, hn::Zero(DI())));
     sum = hn::Add(sum, codes);
   }
   HWY_INLINE void AddOne(int64_t input, int32_t code) {
@@ -151,25 +254,79 @@ class BlockPeriod {
   bool parts_fit_ = true, halves_fit_ = true;
 };
 
+// The codes of a row with their sums, in blocks whose periods are found.
+inline void QuantizeBlocks(const float* x, int64_t n, int64_t span, const RowCodes& code_minus_base,
+                           int32_t base, int8_t* codes, float* sums, uint8_t* periods,
+                           const PairLimits& limits) {
+  const DF df;
+  const hn::Rebind<int8_t, DF> d8;
+  const VI bases = hn::Set(DI(), base);
+  const int64_t block = std::min(span, kPairBlock);
+  for (int64_t begin = 0; begin < n; begin += block) {
+    const int64_t end = std::min(begin + block, n);
+    BlockPeriod period(limits);
+    int32_t sum = 0;
+    for (int64_t i = begin; i < end;) {
+      const int64_t part_end = std::min(i + period.part_inputs(), end);
+      InputSums inputs;
+      inputs.Start();
+      for (; i + kLanes <= part_end; i += kLanes) {
+        const VI q = code_minus_base(hn::LoadU(df, x + i));
+        inputs.Add(q);
+        hn::StoreU(hn::DemoteTo(d8, hn::Add(q, bases)), d8, codes + i);
+      }
+      for (; i < part_end; ++i) {
+        const int q = hn::GetLane(code_minus_base(hn::Set(df, x[i])));
+        codes[i] = static_cast<int8_t>(q + base);
+        inputs.AddOne(i, q);
+      }
+      sum += inputs.Sum();
+      if (i == n) {  // codes behind the last input are 0
+        for (int64_t k = n; k % kHalfInputs != 0; ++k) inputs.AddOne(k, -base);
+      }
+      int32_t of_part[2] = {};
+      inputs.AddPairs(of_part);
+      period.Add(of_part, (i - begin) % (kPairBlock / 2) == 0 || i == end);
+    }
+    sum += static_cast<int32_t>(end - begin) * base;
+    float& of_span = sums[begin / span];
+    of_span = static_cast<float>(sum) + (begin % span == 0 ? 0.0f : of_span);
+    *periods++ = period.Words();
+  }
+}
+
+// What the rows of a call have in common.
+struct RowKind {
+  int64_t n = 0, padded = 0, span = 0;
+  model::ActivationFormat format;
+  PairLimits limits;
+};
+
+// Where a row's codes and numbers go (Inputs).
+struct RowOutput {
+  int8_t* codes = nullptr;
+  float *sums = nullptr, *scale = nullptr, *zero = nullptr;
+  uint8_t* periods = nullptr;  // kPairs
+};
+
 // quant::quantize_row, the sums of the codes of spans, and, with kPairs, the periods of blocks.
 template <bool kPairs>
-HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t span,
-                              model::ActivationFormat format, int8_t* codes, float* sums,
-                              uint8_t* periods, const PairLimits& limits, float* scale_out,
-                              float* zero_out) {
+HWY_NOINLINE void QuantizeRow(const float* x, const RowKind& kind, const RowOutput& to) {
   const DF df;
-  const DI di;
-  const hn::Rebind<int8_t, DF> d8;
+  const int64_t n = kind.n, span = kind.span;
+  const model::ActivationFormat format = kind.format;
   const int half = 1 << (format.bits - 1);
-  const int64_t block = kPairs ? std::min(span, kPairBlock) : span;
-  std::memset(codes + n, 0, static_cast<size_t>(padded - n));
+  std::memset(to.codes + n, 0, static_cast<size_t>(kind.padded - n));
   const Range range = RangeOf(x, n);
   if (!range.finite) {
-    std::memset(codes, 0, static_cast<size_t>(n));
-    std::fill(sums, sums + (n + span - 1) / span, 0.0f);
-    if constexpr (kPairs) std::fill(periods, periods + (n + block - 1) / block, kPairBlock / 4);
-    *scale_out = std::numeric_limits<float>::quiet_NaN();
-    *zero_out = 0.0f;
+    std::memset(to.codes, 0, static_cast<size_t>(n));
+    std::fill(to.sums, to.sums + (n + span - 1) / span, 0.0f);
+    if constexpr (kPairs) {
+      const int64_t block = std::min(span, kPairBlock);
+      std::fill(to.periods, to.periods + (n + block - 1) / block, kPairBlock / 4);
+    }
+    *to.scale = std::numeric_limits<float>::quiet_NaN();
+    *to.zero = 0.0f;
     return;
   }
   const float most = static_cast<float>(half - 1);
@@ -182,50 +339,20 @@ HWY_NOINLINE void QuantizeRow(const float* x, int64_t n, int64_t padded, int64_t
     const float wanted = hn::GetLane(hn::Round(hn::Set(df, -range.low / scale)));
     zero = std::min(std::max(wanted, 0.0f), levels) - static_cast<float>(half);
   }
-  *scale_out = scale;
-  *zero_out = zero;
-  // All in integers: it makes no difference where the base is taken off.
+  *to.scale = scale;
+  *to.zero = zero;
   const int32_t whole_zero = static_cast<int32_t>(zero);
-  const int32_t whole_base = limits.centered ? whole_zero : 0;
-  const RoundedQuotient quotient(scale, static_cast<float>(2 * half));
-  const VI shift = hn::Set(di, whole_zero - whole_base);
-  const VI low = hn::Set(di, -half - whole_base), high = hn::Set(di, half - 1 - whole_base);
-  const VI bases = hn::Set(di, whole_base);
-  const auto code_minus_base = [&](VF v) FRAMEQUILT_INLINE {
-    return hn::Min(hn::Max(hn::Add(quotient(v), shift), low), high);
-  };
-  for (int64_t begin = 0; begin < n; begin += block) {
-    const int64_t end = std::min(begin + block, n);
-    BlockPeriod period(limits);
-    const int64_t part = kPairs ? period.part_inputs() : block;
-    int32_t sum = 0;
-    for (int64_t i = begin; i < end;) {
-      const int64_t part_end = std::min(i + part, end);
-      InputSums<kPairs> inputs;
-      inputs.Start();
-      for (; i + kLanes <= part_end; i += kLanes) {
-        const VI q = code_minus_base(hn::LoadU(df, x + i));
-        inputs.Add(q);
-        hn::StoreU(hn::DemoteTo(d8, hn::Add(q, bases)), d8, codes + i);
-      }
-      for (; i < part_end; ++i) {
-        const int q = hn::GetLane(code_minus_base(hn::Set(df, x[i])));
-        codes[i] = static_cast<int8_t>(q + whole_base);
-        inputs.AddOne(i, q);
-      }
-      sum += inputs.Sum();
-      if constexpr (!kPairs) continue;
-      if (i == n) {  // codes behind the last input are 0
-        for (int64_t k = n; k % kHalfInputs != 0; ++k) inputs.AddOne(k, -whole_base);
-      }
-      int32_t of_part[2] = {};
-      inputs.AddPairs(of_part);
-      period.Add(of_part, (i - begin) % (kPairBlock / 2) == 0 || i == end);
+  if constexpr (!kPairs) {
+    const RowCodes code(format.bits, scale, whole_zero, 0);
+    float* sum = to.sums;
+    for (int64_t begin = 0; begin < n; begin += span) {
+      const int64_t count = std::min(span, n - begin);
+      *sum++ = static_cast<float>(code.OfSpan(x + begin, count, to.codes + begin));
     }
-    sum += static_cast<int32_t>(end - begin) * whole_base;
-    float& of_span = sums[begin / span];
-    of_span = static_cast<float>(sum) + (begin % span == 0 ? 0.0f : of_span);
-    if constexpr (kPairs) *periods++ = period.Words();
+  } else {
+    const int32_t base = kind.limits.centered ? whole_zero : 0;
+    const RowCodes code_minus_base(format.bits, scale, whole_zero, base);
+    QuantizeBlocks(x, n, span, code_minus_base, base, to.codes, to.sums, to.periods, kind.limits);
   }
 }
 
@@ -257,21 +384,25 @@ Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
   // A single row does without periods: all its sums fit the registers twice. Of few rows, weights
   // are read once, and adding them up would take as long as another row.
   const bool pairs = !FRAMEQUILT_DIRECT_DOT && args.rows > 1;
-  PairLimits limits{.most = kMostPairInputs<kBits>, .safe = kDotPeriod<kBits>};
-  limits.centered = pairs && !args.activations.symmetric && args.rows > kIntegerStreamRows &&
-                    inputs.span <= kPairBlock;
-  if (limits.centered) {
+  const bool many = args.rows > kIntegerStreamRows;
+  RowKind kind{.n = w.in, .padded = padded, .span = inputs.span, .format = args.activations};
+  kind.limits = {.most = kMostPairInputs<kBits>, .safe = kDotPeriod<kBits>};
+  const bool centered = pairs && many && !args.activations.symmetric && inputs.span <= kPairBlock;
+  kind.limits.centered = centered;
+  if (centered) {
     scratch.minus_zeros.reserve(rows);
     inputs.minus_zeros = scratch.minus_zeros.data();
   }
   const auto quantize_row = pairs ? &QuantizeRow<!FRAMEQUILT_DIRECT_DOT> : &QuantizeRow<false>;
   const auto quantize = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      quantize_row(args.x + r * args.x_stride, w.in, padded, inputs.span, args.activations,
-                   scratch.codes.data() + r * inputs.stride, scratch.sums.data() + r * inputs.spans,
-                   pairs ? scratch.periods.data() + r * inputs.blocks : nullptr, limits,
-                   scratch.scales.data() + r, scratch.zeros.data() + r);
-      if (limits.centered) {
+      quantize_row(args.x + r * args.x_stride, kind,
+                   {.codes = scratch.codes.data() + r * inputs.stride,
+                    .sums = scratch.sums.data() + r * inputs.spans,
+                    .scale = scratch.scales.data() + r,
+                    .zero = scratch.zeros.data() + r,
+                    .periods = pairs ? scratch.periods.data() + r * inputs.blocks : nullptr});
+      if (centered) {
         const auto minus = static_cast<uint16_t>(-static_cast<int32_t>(scratch.zeros[r]));
         scratch.minus_zeros[r] = minus * 0x10001u;
       }

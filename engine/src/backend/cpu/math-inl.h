@@ -81,12 +81,28 @@ class RoundedQuotient {
         sure_(hn::Set(DF(), 0.5f - (most + 1.0f) * 0x1p-22f)) {}
 
   HWY_INLINE VI operator()(VF x) const {
-    const VF quotient = hn::Mul(x, inverse_);
-    const Rounding rounded(quotient);
-    const VF distance = hn::Abs(hn::Sub(quotient, rounded.Float()));
-    if (hn::AllTrue(DF(), hn::Lt(distance, sure_))) [[likely]]
-      return rounded.Integer();
-    return Rounding(hn::Div(x, divisor_)).Integer();
+    VI rounded[1];
+    Of({x}, rounded);
+    return rounded[0];
+  }
+
+  // Of several vectors, with one test for all of them.
+  template <int kVectors>
+  HWY_INLINE void Of(const VF (&x)[kVectors], VI (&rounded)[kVectors]) const {
+    VF farthest = hn::Zero(DF());
+    Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+      const VF quotient = hn::Mul(x[v], inverse_);
+      const Rounding nearest(quotient);
+      const VF distance = hn::Abs(hn::Sub(quotient, nearest.Float()));
+      // Without a normal inverse all are NaN, so that none gets lost.
+      farthest = v == 0 ? distance : hn::Max(farthest, distance);
+      rounded[v] = nearest.Integer();
+    });
+    if (hn::AllTrue(DF(), hn::Lt(farthest, sure_))) [[likely]]
+      return;
+    Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+      rounded[v] = Rounding(hn::Div(x[v], divisor_)).Integer();
+    });
   }
 
  private:

@@ -41,7 +41,7 @@ class WeightsAhead {
   int64_t lines() const { return lines_; }
   HWY_INLINE void Ask(int64_t lines) {
     for (; lines > 0 && table_ < count_; --lines) {
-      __builtin_prefetch(at_, 0, 2);
+      __builtin_prefetch(at_);
       at_ += kLine;
       if (at_ < end_) continue;
       if (++tile_ == tiles_) {
@@ -306,13 +306,14 @@ HWY_INLINE void ForPanels(const PanelPiece& item, int64_t inputs, int64_t inputs
       WeightsAhead ahead = more_columns   ? ask_for(w, column + columns_at_once, begin)
                            : end < inputs ? ask_for(w, item.column_begin, end)
                                           : ask_for(*item.next.w, item.next_column, 0);
-      // As a fixed-point number: no division for every tile.
+      // As a fixed-point number: no division for every tile. Rounded up, so that most tiles ask for
+      // equally many.
       const int64_t lines_per_row = ((ahead.lines() << 16) + rows - 1) / rows;
       const bool last = !more_columns && end == inputs;
       // With the last products, a tile's outputs are asked for before it and written after it, so
       // that the writing of one goes on while the next one is multiplied.
       const auto before = [&](int64_t first, int64_t count) {
-        ahead.Ask(((first + count) * lines_per_row >> 16) - (first * lines_per_row >> 16));
+        ahead.Ask((count * lines_per_row + 0xFFFF) >> 16);
         if (last)
           AskForOutputs(item.args, item.row_begin + first, count, item.column_begin, out_end);
       };

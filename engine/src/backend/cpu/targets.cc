@@ -2,6 +2,8 @@
 // under a lock; the table that comes out holds plain pointers and does not depend on it any more.
 #include "src/backend/cpu/targets.h"
 
+#include <unistd.h>
+
 #include <cctype>
 #include <mutex>
 #include <utility>
@@ -125,6 +127,17 @@ Kernels simd_kernels(const Target& target) {
   if (target.fill_extension != nullptr) target.fill_extension(kernels);
   hwy::GetChosenTarget().DeInit();
   return kernels;
+}
+
+int64_t first_cache_bytes() {
+  static const int64_t bytes = [] {
+    long told = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    told = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    return told > 0 ? int64_t{told} : int64_t{32} << 10;
+  }();
+  return bytes;
 }
 
 }  // namespace fq::backend::cpu

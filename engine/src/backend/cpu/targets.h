@@ -25,4 +25,7 @@ std::vector<Target> simd_targets();
 // The kernels of one of simd_targets(). Any thread.
 Kernels simd_kernels(const Target& target);
 
+// Bytes of a core's first cache level for data, 32 KiB where the system does not say. Any thread.
+int64_t first_cache_bytes();
+
 }  // namespace fq::backend::cpu

@@ -64,8 +64,8 @@ struct EncoderWords {
 
   void StartKeys() const {}
   // `sum`: of the codes.
-  void AddKey(int64_t token, const int8_t* codes, float sum) const {
-    s.k_starts[static_cast<size_t>(token)] = WordStart(static_cast<int32_t>(sum));
+  void AddKey(int64_t token, const int8_t* codes, int32_t sum) const {
+    s.k_starts[static_cast<size_t>(token)] = WordStart(sum);
     for (int64_t w = 0; w < words; ++w)
       s.k[static_cast<size_t>(token * words + w)] = SignedWord(codes, w);
   }
