@@ -54,12 +54,16 @@ class Runner:
 
 @dataclass
 class Series:
-    """The samples of one runner: values, CPUs that others used, and the last sample's details."""
+    """The samples of one runner: values, CPUs that others used, and the last sample's details.
+
+    `reads`: the read bandwidth in GB/s right before and right after each sample, or empty.
+    """
 
     name: str
     command: str = ""
     values: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
+    reads: list[tuple[float, float]] = field(default_factory=list)
     detail: dict[str, Any] = field(default_factory=dict)
     skipped: str = ""
 
@@ -82,7 +86,8 @@ class Series:
         """For the result file."""
         if self.skipped or not self.values:
             return {"name": self.name, "command": self.command, "skipped": self.skipped}
-        return {
+        reads = {"read_gbytes_per_s": self.reads} if self.reads else {}
+        return reads | {
             "name": self.name,
             "command": self.command,
             "median": self.median,
@@ -102,6 +107,7 @@ class Series:
             stored["command"],
             list(stored.get("values", [])),
             list(stored.get("other_cpus", [])),
+            [(before, after) for before, after in stored.get("read_gbytes_per_s", [])],
             dict(stored.get("detail", {})),
             stored.get("skipped", ""),
         )
@@ -243,8 +249,13 @@ def alternate(
     patience_s: float,
     step: Callable[[str], None] = lambda _: None,
     cpu: bool = False,
+    read: Callable[[str], float | None] = lambda _: None,
 ) -> dict[str, Series]:
-    """`samples` samples of each, taken in turn; `step` is told before each."""
+    """`samples` samples of each, taken in turn; `step` is told before each.
+
+    `read(name)`: the read bandwidth, for runners whose share of it is wanted. It is asked before
+    and after each sample: a virtual machine's can double from one minute to the next.
+    """
     # Folders of this machine say nothing elsewhere: names of programs and models do.
     result = {r.name: Series(r.name, " ".join(_name(part) for part in r.command)) for r in runners}
     for _ in range(samples):
@@ -254,7 +265,11 @@ def alternate(
             if not series.skipped:
                 if not cpu:
                     wait_for_quiet(patience_s)
+                before = read(runner.name)
                 sample(runner, series, cpu)
+                after = None if before is None or series.skipped else read(runner.name)
+                if before is not None and after is not None:
+                    series.reads.append((before, after))
     return result
 
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from benches import VIDEO_FRAMES, Bench, Target
-from measure import HOPELESS, Series
+from measure import HOPELESS, QUIET, Series
 
 
 def _best(bench: Bench, series: dict[str, Series], names: tuple[str, ...]) -> Series | None:
@@ -47,7 +47,8 @@ def rows(
             row["ours"] = ours.to_json()
             peer = _best(bench, series, target.peers)
             _judge(bench, target, row, ours, peer, read)
-            if target.limit_share and read and least_read and read > STEADY * least_read:
+            around = read and least_read and read > STEADY * least_read
+            if target.limit_share and around and not ours.reads:
                 row["notes"].append(
                     f"read bandwidth {least_read:.1f} to {read:.1f} GB/s around this bench; "
                     "the share is of the greatest"
@@ -81,12 +82,10 @@ def _judge(
     if target.seconds is not None:
         row["ratio"] = ours.median
         row["reached"] = ours.median < target.seconds
-    elif target.limit_share is not None and read:
-        # One step makes a token of every sequence.
-        steps = ours.median / ours.detail["batch"]
-        used = 1e-9 * ours.detail["bytes_per_step"] * steps
-        row["peer"] = {"name": "read bandwidth", "median": read, "used_gbytes_per_s": used}
-        row["ratio"] = used / read
+    elif target.limit_share is not None and (read or ours.reads):
+        used, limit = _used_of_limit(row, ours, read)
+        row["peer"] = {"name": "read bandwidth", "median": limit, "used_gbytes_per_s": used}
+        row["ratio"] = used / limit
         row["reached"] = row["ratio"] >= target.limit_share
     elif target.most_share is not None:
         row["ratio"] = ours.detail[target.part] / ours.detail["seconds"]
@@ -100,6 +99,36 @@ def _judge(
             row["reached"] = row["ratio"] > target.factor if target.factor == 1.0 else (
                 row["ratio"] >= target.factor
             )  # fmt: skip
+
+
+def _used_of_limit(row: dict[str, Any], ours: Series, read: float | None) -> tuple[float, float]:
+    """GB/s that ours used and that it could have used, of the sample with the median share.
+
+    Each sample is compared with the greater of the rates right before and after it. Those during
+    which the rate changed are left out, as long as there are others. Without such rates the median
+    sample is compared with `read`.
+    """
+    # One step makes a token of every sequence.
+    bytes_per_unit = 1e-9 * ours.detail["bytes_per_step"] / ours.detail["batch"]
+    if not ours.reads:
+        assert read is not None
+        return bytes_per_unit * ours.median, read
+    all_samples = list(zip(ours.values, ours.reads, ours.others, strict=True))
+    quiet = [s for s in all_samples if s[2] <= QUIET]
+    samples = [(value, reads) for value, reads, _ in quiet or all_samples]
+    steady = [s for s in samples if max(s[1]) <= STEADY * min(s[1])]
+    if len(steady) < len(samples):
+        rates = [rate for _, reads in samples for rate in reads]
+        kept = "left out" if steady else "judged all the same, by the greater"
+        row["notes"].append(
+            f"read bandwidth {min(rates):.1f} to {max(rates):.1f} GB/s; "
+            f"{len(samples) - len(steady)} of {len(samples)} samples during which it changed "
+            f"are {kept}"
+        )
+    shares = sorted((bytes_per_unit * v / max(r), bytes_per_unit * v, max(r))
+                    for v, r in steady or samples)  # fmt: skip
+    _, used, limit = shares[(len(shares) - 1) // 2]
+    return used, limit
 
 
 def _notes(bench: Bench, series: dict[str, Series], target: Target) -> list[str]:

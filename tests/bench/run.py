@@ -157,8 +157,17 @@ def main(arguments: list[str]) -> int:
             def step(name: str, bench: Bench = bench) -> None:
                 progress.update(task, description=f"{bench.name}: {name}", advance=1)
 
+            limited = tuple(
+                name for target in bench.targets if target.limit_share for name in target.ours
+            )
+
+            def read_now(name: str, limited: tuple[str, ...] = limited) -> float | None:
+                if options.cpu or not name.startswith(limited):
+                    return None
+                return _read_bandwidth([machine(limits, 1, threads)])[0]
+
             everyone = [*bench.ours, *bench.peers]
-            series = alternate(everyone, samples, options.patience, step, options.cpu)
+            series = alternate(everyone, samples, options.patience, step, options.cpu, read_now)
             measured.append(machine(limits, 1, threads))
             # One thread of a busy machine says nothing about the bandwidth of all.
             read = (None, None) if options.cpu else _read_bandwidth(measured[-2:])

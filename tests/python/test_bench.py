@@ -457,6 +457,27 @@ def test_a_read_bandwidth_that_changed_around_a_bench_is_said() -> None:
     assert "35.0 to 60.0 GB/s" in moved["notes"][0]
 
 
+def test_each_sample_is_judged_by_the_bandwidth_around_it() -> None:
+    bench = Bench("b", "b", "tok/s", [Target("x", ("w4",), limit_share=0.85)])
+    ours = _series("w4", [10.0, 20.0, 30.0, 15.0, 40.0], bytes_per_step=2e9, batch=1)
+    # Shares 20/40 and 40/50 and 60/80; one during which the rate changed, and a disturbed one.
+    ours.reads = [(40.0, 39.0), (48.0, 50.0), (80.0, 79.0), (30.0, 60.0), (10.0, 10.0)]
+    ours.others[4] = QUIET + 1
+    row = _judged(bench, ours, read=1000.0)
+    assert row["ratio"] == pytest.approx(60 / 80)
+    assert row["peer"]["median"] == 80.0
+    assert row["peer"]["used_gbytes_per_s"] == pytest.approx(60.0)
+    assert any("30.0 to 80.0 GB/s; 1 of 4 samples" in note for note in row["notes"])
+    stored = Series.from_json(ours.to_json())
+    assert stored.reads == ours.reads
+    # Nothing but changes: judged by the greater rate.
+    ours = _series("w4", [10.0], bytes_per_step=2e9, batch=1)
+    ours.reads = [(30.0, 60.0)]
+    row = _judged(bench, ours)
+    assert row["ratio"] == pytest.approx(20 / 60)
+    assert any("by the greater" in note for note in row["notes"])
+
+
 def test_a_disturbed_sample_is_said_and_does_not_count() -> None:
     series = _series("w4", [10.0, 100.0])
     series.others = [QUIET + 1, 0.0]
@@ -493,8 +514,17 @@ def test_samples_alternate_and_a_program_may_decline(tmp_path: Path) -> None:
     runners = [_python(name, text.format(note=note, name=name)) for name in "ab"]
     runners.append(_python("c", "import sys; sys.exit('broken')"))
     runners.append(_python("d", "import sys; print('not here', file=sys.stderr); sys.exit(3)"))
-    result = alternate(runners, 3, 0.0)
+    asked = []
+
+    def read(name: str) -> float | None:
+        asked.append(name)
+        return float(len(asked)) if name == "a" else None
+
+    result = alternate(runners, 3, 0.0, read=read)
     assert log.read_text() == "ababab"
+    # Not after those that have no share, nor of those that declined.
+    assert result["a"].reads == [(1.0, 2.0), (6.0, 7.0), (9.0, 10.0)]
+    assert result["b"].reads == []
     assert result["a"].values == [2.0, 2.0, 2.0]
     assert result["c"].skipped == "exit 1: broken"
     assert result["d"].skipped == "not here"
