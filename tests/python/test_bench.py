@@ -93,6 +93,30 @@ def test_a_race_compares_every_program_with_the_first() -> None:
     assert 0.3 < float(second.split()[-2]) < 3  # the same program twice
 
 
+def test_a_race_of_engines_compares_cpu_seconds(tmp_path: Path) -> None:
+    programs = []
+    for name, steps in (("short", 2_000_000), ("long", 8_000_000)):
+        programs.append(tmp_path / name)
+        programs[-1].write_text(
+            f"#!{sys.executable}\nimport sys\n"
+            "assert sys.argv[1:] == ['a model', 'vision', '--threads', '1']\n"
+            f"for _ in range({steps}): pass\n"
+        )
+        programs[-1].chmod(0o755)
+    command = [sys.executable, str(BENCH / "race.py"), "--engine", "'a model' vision"]
+    done = subprocess.run([*command, *map(str, programs)], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[-1] for line in lines] == [str(p) for p in programs]
+    first, second = (float(line.split()[0]) for line in lines)
+    assert float(lines[1].split()[3]) == pytest.approx(second / first, rel=0.05)
+    assert second > first
+    programs[1].write_text("#!/bin/sh\nexit 7\n")
+    done = subprocess.run([*command, *map(str, programs)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "long ended with status 7" in done.stderr
+
+
 def test_a_race_without_runners_or_kernels_says_so(tmp_path: Path) -> None:
     program = _programs() / "bench_kernels"
     done = _race("no such kernel", program)
