@@ -155,7 +155,6 @@ TEST(Sampler, GreedyTakesTheLowestIdOfTheLargest) {
   EXPECT_EQ(sampler.pick(logits)->token, 1);
 }
 
-// Logits after bias and penalties, seen through greedy picks that leave them in place.
 // Logits are looked at in vectors, in blocks of them, and one by one at the end.
 TEST(Sampler, FindsTheLargestAndWhatIsNotFiniteAnywhereInALargeVocabulary) {
   constexpr int kVocab = 2500;
@@ -181,6 +180,7 @@ TEST(Sampler, FindsTheLargestAndWhatIsNotFiniteAnywhereInALargeVocabulary) {
   }
 }
 
+// Logits after bias and penalties, seen through greedy picks that leave them in place.
 TEST(Sampler, PenaltiesFollowTheirFormulas) {
   Sampling sampling{.temperature = 0.0f,
                     .repetition_penalty = 2.0f,

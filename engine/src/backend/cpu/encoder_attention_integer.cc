@@ -93,7 +93,7 @@ struct Head {
   }
 
   // Writes the codes of a row, less `mean` if there is one, and returns their scale, NaN of values
-  // that are not finite: QuantizeRow of few values, most of whose time is what it does once a row.
+  // that are not finite. QuantizeRow would need the row copied first, and asks what is known here.
   template <bool kMean>
   HWY_INLINE float Quantize(const float* from, const float* mean, int32_t* sum) const {
     const DF df;
