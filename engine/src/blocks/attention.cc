@@ -29,6 +29,11 @@ Result<DecoderAttention> DecoderAttention::bind(const Binder& binder, const std:
   return block;
 }
 
+void DecoderAttention::lead_to(const LinearCall& next) {
+  q_->lead_to({{&*o_}});
+  o_->lead_to(next);
+}
+
 int64_t DecoderAttention::scratch_floats(int64_t rows) const {
   return rows * (hidden_ + 2 * q_width() + 2 * kv_width());
 }

@@ -25,6 +25,11 @@ class DecoderAttention {
                                        const model::DecoderSpec& spec,
                                        const quant::KvPageLayout& layout, const float* inv_freq);
 
+  // The linears that forward() begins with, and those that are computed after it. Both blocks stay
+  // where they are.
+  LinearCall first_call() const { return {{&*q_, &*k_, &*v_}}; }
+  void lead_to(const LinearCall& next);
+
   int64_t scratch_floats(int64_t rows) const;
   // x[rows, hidden] += o(attention(...)). Appends K and V of every row to its segment's pages
   // first. `items` is scratch for one AttentionArgs per segment, reused between calls.

@@ -60,7 +60,19 @@ Result<std::unique_ptr<const Decoder>> Decoder::bind(const Binder& binder, quant
     FQ_ASSIGN_OR_RETURN(auto mlp, Mlp::bind(binder, prefix, spec.mlp, spec.norm, spec.hidden));
     decoder->layers_.push_back({std::move(attention), std::move(mlp)});
   }
+  decoder->link();
   return std::unique_ptr<const Decoder>(std::move(decoder));
+}
+
+// Every linear learns what follows it: in a step of decoding, the first layer follows the head.
+void Decoder::link() {
+  Linear& head = head_ ? *head_ : *embedding_;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    layers_[i].attention.lead_to(layers_[i].mlp.first_call());
+    layers_[i].mlp.lead_to(i + 1 < layers_.size() ? layers_[i + 1].attention.first_call()
+                                                  : LinearCall{{&head}});
+  }
+  head.lead_to(layers_.front().attention.first_call());
 }
 
 int64_t Decoder::scratch_floats(int64_t rows) const {

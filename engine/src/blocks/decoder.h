@@ -35,6 +35,7 @@ class Decoder {
 
  private:
   Decoder() = default;
+  void link();
   model::DecoderSpec spec_;
   quant::KvFormat kv_format_;
   std::vector<quant::KvPageLayout> layouts_;  // per layer

@@ -58,12 +58,23 @@ void Linear::bind_row_sums(ThreadPool& pool) {
   weights_.row_sums = row_sums_.data();
 }
 
+void Linear::lead_to(const LinearCall& next) {
+  ahead_ = {};
+  ahead_.by_turns = next.by_turns;
+  for (const Linear* linear : next.all()) {
+    if (!next.linears[0]->joins(*linear)) break;
+    ahead_.add(linear->weights_);
+  }
+}
+
 void run_together(std::span<const Linear* const> linears, std::span<ops::LinearArgs> list,
                   ThreadPool& pool) {
+  const ops::LinearsAhead* const ahead = list[0].ahead;
   for (size_t first = 0; first < list.size();) {
     size_t end = first + 1;
     for (; end < list.size() && linears[first]->joins(*linears[end]); ++end)
       list[end - 1].next = &list[end];
+    list[first].ahead = end == list.size() ? ahead : nullptr;
     linears[first]->run(list[first], pool);
     first = end;
   }

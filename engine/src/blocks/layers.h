@@ -3,6 +3,8 @@
 // file.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <span>
 #include <string>
@@ -26,6 +28,18 @@ struct Binder {
   bool exact = false;
 };
 
+class Linear;
+
+// Linears that are computed together (run_together), where they stay.
+struct LinearCall {
+  std::array<const Linear*, ops::LinearsAhead::kMost> linears = {};
+  bool by_turns = false;  // the second multiplies what the first has written
+
+  std::span<const Linear* const> all() const {
+    return {linears.begin(), std::find(linears.begin(), linears.end(), nullptr)};
+  }
+};
+
 class Linear {
  public:
   static Result<Linear> bind(const Binder& binder, const std::string& slot, bool bias);
@@ -44,8 +58,12 @@ class Linear {
             .w = &weights_,
             .y = y,
             .y_stride = y_stride,
-            .activations = activations_};
+            .activations = activations_,
+            .ahead = ahead_.count > 0 ? &ahead_ : nullptr};
   }
+  // What is likely to be computed after a call that begins with this linear: its weights are asked
+  // for while threads wait. Makes no difference to results.
+  void lead_to(const LinearCall& next);
   // `args`, and what follows them, are from args() of this linear and of others like it.
   void run(const ops::LinearArgs& args, ThreadPool& pool) const {
     if (exact_) return run_exact(args, pool);
@@ -71,6 +89,7 @@ class Linear {
   quant::LinearWeights weights_;
   model::ActivationFormat activations_;
   backend::LinearFn fn_ = nullptr;
+  ops::LinearsAhead ahead_;
   bool exact_ = false;  // fn_ takes float32 inputs, which are quantized or rounded before
   AlignedBuffer<float> row_sums_;  // what weights_.row_sums points to if the directory lacks it
 };

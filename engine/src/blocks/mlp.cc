@@ -16,6 +16,11 @@ Result<Mlp> Mlp::bind(const Binder& binder, const std::string& layer, const mode
   return mlp;
 }
 
+void Mlp::lead_to(const LinearCall& next) {
+  up_->lead_to({{&*down_}});
+  down_->lead_to(next);
+}
+
 int64_t Mlp::scratch_floats(int64_t rows) const { return rows * (width_ + int64_t{spec_.hidden}); }
 
 void Mlp::forward(float* x, int64_t rows, float* scratch, ThreadPool& pool) const {

@@ -14,6 +14,10 @@ class Mlp {
   static Result<Mlp> bind(const Binder& binder, const std::string& layer,
                           const model::MlpSpec& spec, const model::NormSpec& norm, int width);
 
+  // As in DecoderAttention.
+  LinearCall first_call() const { return {{&*up_, gate_ ? &*gate_ : nullptr}, gate_.has_value()}; }
+  void lead_to(const LinearCall& next);
+
   // Floats of scratch for `rows` rows.
   int64_t scratch_floats(int64_t rows) const;
   // x[rows, width] in place.

@@ -68,6 +68,7 @@ struct ThreadPool::Impl {
   // joined.
   const Body* body = nullptr;
   int64_t items = 0;
+  Meanwhile meanwhile;
 
   alignas(64) std::atomic<uint64_t> gate{0};
   alignas(64) std::atomic<int64_t> next_item{0};
@@ -92,6 +93,8 @@ struct ThreadPool::Impl {
   std::atomic<bool> caller_sleeps{false};
 
   std::vector<std::thread> workers;
+
+  int threads() const { return static_cast<int>(workers.size()) + 1; }
 
   void run_items(int thread) {
     if (streams) return run_stream(thread);
@@ -176,6 +179,17 @@ struct ThreadPool::Impl {
     return ((now & kOpen) != 0 && (now >> kLoopShift) != seen) || stop.load();
   }
 
+  // A worker's part of a loop that it has joined, and what it does until the next.
+  void take_part(int thread, uint64_t loop) {
+    const Meanwhile waiting = meanwhile;
+    waiting.prefetch();
+    run_items(thread);
+    Meanwhile::Copy copy;
+    if (waiting) waiting.copy(&copy);
+    leave();
+    if (waiting) waiting.run(copy, thread, threads(), [&] { return called(loop); });
+  }
+
   void work_loop(int thread) {
     uint64_t seen = 0;
     while (true) {
@@ -187,10 +201,7 @@ struct ThreadPool::Impl {
         sleepers.fetch_sub(1);
       }
       if (stop.load()) return;
-      if (join(seen)) {
-        run_items(thread);
-        leave();
-      }
+      if (join(seen)) take_part(thread, seen);
     }
   }
 
@@ -208,6 +219,11 @@ struct ThreadPool::Impl {
   // Closes the gate and waits for the workers who joined.
   void close_and_wait() {
     const uint64_t joined = gate.fetch_and(~kOpen) & kJoinedMask;
+    if (meanwhile && left.load() != joined) {
+      Meanwhile::Copy copy;
+      meanwhile.copy(&copy);
+      meanwhile.run(copy, 0, threads(), [&] { return left.load() == joined; });
+    }
     for (int spin = 0; spin < kSpins; ++spin) {
       if (left.load() == joined) return;
       pause_cpu();
@@ -246,7 +262,7 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : impl_->workers) worker.join();
 }
 
-int ThreadPool::threads() const { return static_cast<int>(impl_->workers.size()) + 1; }
+int ThreadPool::threads() const { return impl_->threads(); }
 
 void ThreadPool::parallel_for(int64_t items, FunctionRef<void(int64_t item, int thread)> fn) {
   if (items <= 1 || impl_->workers.empty()) {
@@ -254,20 +270,23 @@ void ThreadPool::parallel_for(int64_t items, FunctionRef<void(int64_t item, int 
     return;
   }
   impl_->streams = false;
+  impl_->meanwhile = {};
   impl_->next_item.store(0, std::memory_order_relaxed);
   impl_->run_loop(fn, items);
 }
 
-void ThreadPool::parallel_streams(int64_t items, FunctionRef<void(int64_t item, int thread)> fn) {
+void ThreadPool::parallel_streams(int64_t items, FunctionRef<void(int64_t item, int thread)> fn,
+                                  const Meanwhile& meanwhile) {
   if (items <= 1 || impl_->workers.empty()) {
     for (int64_t i = 0; i < items; ++i) fn(i, 0);
     return;
   }
   impl_->streams = true;
-  const int64_t count = threads();
-  for (int64_t t = 0; t < count; ++t) {
-    const auto begin = static_cast<uint64_t>(items * t / count);
-    const auto end = static_cast<uint64_t>(items * (t + 1) / count);
+  impl_->meanwhile = meanwhile;
+  const int count = threads();
+  for (int t = 0; t < count; ++t) {
+    const auto begin = static_cast<uint64_t>(stream_begin(items, t, count));
+    const auto end = static_cast<uint64_t>(stream_begin(items, t + 1, count));
     impl_->ranges[static_cast<size_t>(t)].left.store(begin << 32 | end, std::memory_order_relaxed);
   }
   impl_->run_loop(fn, items);

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "src/core/function_ref.h"
+#include "src/core/meanwhile.h"
 
 namespace fq {
 
@@ -26,8 +27,15 @@ class ThreadPool {
 
   // The same, where neighbouring items read neighbouring memory: a thread gets consecutive items,
   // so that what it reads is one stream, and helps out at the end of other threads' ranges when its
-  // own is done. At most 2^31 items.
-  void parallel_streams(int64_t items, FunctionRef<void(int64_t item, int thread)> fn);
+  // own is done. At most 2^31 items. A thread that finds nothing left takes steps of `meanwhile`
+  // until the next loop begins, if need be after this call has returned.
+  void parallel_streams(int64_t items, FunctionRef<void(int64_t item, int thread)> fn,
+                        const Meanwhile& meanwhile = {});
+
+  // Where the range of `thread` begins among `items` of parallel_streams.
+  static int64_t stream_begin(int64_t items, int thread, int threads) {
+    return items * thread / threads;
+  }
 
  private:
   struct Impl;

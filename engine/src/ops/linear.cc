@@ -110,6 +110,17 @@ void float_reference(const LinearArgs& args) {
 
 }  // namespace
 
+void LinearsAhead::add(const quant::LinearWeights& w) {
+  const void* const shifts = w.offsets != nullptr ? w.offsets : w.zeros;
+  linears[count++] = {w.data, w.scales, shifts, w.tiles};
+  const int numbers = w.groups * quant::kTileRows;
+  const int number = w.format.scale == DType::kF32 ? 4 : 2;
+  bytes = w.bytes / w.tiles;
+  data_bytes = static_cast<int>(w.data_bytes / w.tiles);
+  scale_bytes = w.scales != nullptr ? numbers * number : 0;
+  shift_bytes = w.offsets != nullptr ? numbers * number : w.zeros != nullptr ? numbers : 0;
+}
+
 void linear_reference(const LinearArgs& args) {
   for (const LinearArgs* one = &args; one != nullptr; one = one->next) {
     if (one->activations.quantized()) {

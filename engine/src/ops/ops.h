@@ -34,6 +34,23 @@
 
 namespace fq::ops {
 
+// The weights of linears that a call is likely to be followed by, which are computed together: what
+// threads with nothing left to do ask memory for. Says all that this takes.
+struct LinearsAhead {
+  static constexpr int kMost = 3;
+  struct Weights {
+    const void *data = nullptr, *scales = nullptr, *shifts = nullptr;  // shifts: zeros or offsets
+    int tiles = 0;
+  };
+  Weights linears[kMost];  // in order, all of one format and with as many inputs
+  int count = 0;
+  int64_t bytes = 0;  // of a tile: all, and those of each table
+  int data_bytes = 0, scale_bytes = 0, shift_bytes = 0;
+  bool by_turns = false;  // a piece of each after the other (LinearArgs::multiply)
+
+  void add(const quant::LinearWeights& w);
+};
+
 struct LinearArgs {
   const float* x = nullptr;  // [rows, in]
   int64_t x_stride = 0;
@@ -51,6 +68,8 @@ struct LinearArgs {
   // and group, computed in the same call: one hand-out of work, inputs quantized once. One that
   // multiplies has the y and the width of the one before it, and finds it written.
   const LinearArgs* next = nullptr;
+  // Of the first linear of a call: what the call after it reads, or nullptr. Changes no result.
+  const LinearsAhead* ahead = nullptr;
 };
 void linear_reference(const LinearArgs& args);  // and all that follow
 

@@ -178,6 +178,7 @@ Result<PackedLinear> pack_linear(const float* weights, int out, int in, const We
       break;
   }
   w.data = packed.data.data();
+  w.data_bytes = static_cast<int64_t>(packed.data_bytes);
   w.bytes = static_cast<int64_t>(packed.data_bytes + packed.scale_bytes + packed.zero_bytes +
                                  packed.offset_bytes);
   return packed;

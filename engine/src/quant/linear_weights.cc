@@ -80,6 +80,7 @@ Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const 
                           take(".weight", DType::kF32, {tiles, w.in, kTileRows}));
       FQ_RETURN_IF_ERROR(check_aligned(*data, name + ".weight"));
       w.data = data->bytes.data();
+      w.data_bytes = std::ssize(data->bytes);
       break;
     }
     case WeightFormat::Kind::kBF16: {
@@ -87,6 +88,7 @@ Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const 
                           take(".weight", DType::kBF16, {tiles, (w.in + 1) / 2, kTileRows, 2}));
       FQ_RETURN_IF_ERROR(check_aligned(*data, name + ".weight"));
       w.data = data->bytes.data();
+      w.data_bytes = std::ssize(data->bytes);
       break;
     }
     case WeightFormat::Kind::kAffine: {
@@ -109,6 +111,7 @@ Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const 
       FQ_ASSIGN_OR_RETURN(const TensorView* scales,
                           take(".scales", f.scale, {tiles, w.groups, kTileRows}));
       w.data = codes->bytes.data();
+      w.data_bytes = std::ssize(codes->bytes);
       w.scales = scales->bytes.data();
       if (f.offset) {
         FQ_ASSIGN_OR_RETURN(const TensorView* offsets,

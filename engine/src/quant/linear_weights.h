@@ -32,7 +32,8 @@ struct LinearWeights {
   // activations cost. Of the model directory if it has them; else nullptr, or whoever bound this
   // owns them.
   const float* row_sums = nullptr;
-  int64_t bytes = 0;  // of all stored tensors above but the bias, for reports
+  int64_t data_bytes = 0;  // of `data`
+  int64_t bytes = 0;       // of all stored tensors above but the bias, for reports
 
   int padded_in() const { return (in + kInputPadding - 1) / kInputPadding * kInputPadding; }
 };

@@ -80,6 +80,10 @@ TEST_P(LinearChain, ComputesTheSameAsOneCallEach) {
       chain[i].y = got[i].data();
       chain[i].next = i < 2 ? &chain[i + 1] : nullptr;
     }
+    // As if the same linears came next.
+    ops::LinearsAhead ahead;
+    for (const Problem& one : list) ahead.add(one.packed.view);
+    chain[0].ahead = &ahead;
     ThreadPool pool(3);
     on_new_thread([&] { fn(chain[0], pool); });
     for (int i = 0; i < 3; ++i) EXPECT_SAME_BITS(got[i], want[i]);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -115,8 +116,6 @@ TEST(ThreadPool, WorkersTakeItemsWhileTheCallerIsBusy) {
   EXPECT_EQ(others.load(), 7);
 }
 
-// Both threads are inside before either goes on; the worker then takes its time. A loop that
-// returned without waiting for it would leave `done` unset (and hand the worker a dead loop body).
 // Whoever runs item 0 waits until the others are done: its neighbours are taken over from the back.
 TEST(ThreadPool, AThreadGetsConsecutiveItemsOfStreamsAndIsHelpedFromTheBack) {
   ThreadPool pool(2);
@@ -144,6 +143,8 @@ TEST(ThreadPool, AThreadGetsConsecutiveItemsOfStreamsAndIsHelpedFromTheBack) {
     EXPECT_EQ(quick[static_cast<size_t>(i)], kItems - 1 - i);
 }
 
+// Both threads are inside before either goes on; the worker then takes its time. A loop that
+// returned without waiting for it would leave `done` unset (and hand the worker a dead loop body).
 TEST(ThreadPool, ALoopEndsOnlyWhenTheSlowestWorkerHasFinished) {
   ThreadPool pool(2);
   for (int round = 0; round < 5; ++round) {
@@ -158,6 +159,74 @@ TEST(ThreadPool, ALoopEndsOnlyWhenTheSlowestWorkerHasFinished) {
       done.store(true);
     });
     ASSERT_TRUE(done.load());
+  }
+}
+
+// Steps that threads have taken while they waited, by thread.
+struct Waited {
+  static constexpr int kThreads = 2;
+  std::atomic<int64_t> steps[kThreads] = {};
+  std::atomic<bool> in_order{true}, intact{true};
+};
+struct WaitingState {
+  Waited* to;
+  int64_t most, mark;
+};
+constexpr int64_t kMark = 0x5ca1ab1e;
+bool count_steps(const WaitingState& state, int thread, int threads, int64_t n) {
+  if (state.mark != kMark || threads != Waited::kThreads) state.to->intact = false;
+  if (n >= state.most) return false;
+  if (state.to->steps[thread].fetch_add(1) != n) state.to->in_order = false;
+  return true;
+}
+
+// A loop of two items, one for each thread, in which `slow` keeps the other waiting for what
+// `until` returns.
+template <class Until>
+void keep_waiting(ThreadPool& pool, const WaitingState& state, int slow, const Until& until) {
+  std::atomic<int> inside{0};
+  pool.parallel_streams(
+      2,
+      [&](int64_t, int thread) {
+        inside.fetch_add(1);
+        while (inside.load() < 2) std::this_thread::yield();
+        while (thread == slow && !until()) std::this_thread::yield();
+      },
+      Meanwhile::of<count_steps>(state));
+}
+
+TEST(ThreadPool, AThreadThatWaitsForAnotherTakesSteps) {
+  for (const int slow : {0, 1}) {
+    Waited waited;
+    ThreadPool pool(Waited::kThreads);  // ends before what its steps count in
+    const WaitingState state{&waited, 1000, kMark};
+    const int waiting = 1 - slow;
+    keep_waiting(pool, state, slow, [&] { return waited.steps[waiting].load() == 1000; });
+    EXPECT_TRUE(waited.in_order);
+    EXPECT_TRUE(waited.intact);
+    if (slow == 0) {  // nobody is left to be waited for; a worker waits for the next loop
+      EXPECT_EQ(waited.steps[0].load(), 0);
+    }
+  }
+}
+
+// Also when the loop is over and its state gone, until the next one begins.
+TEST(ThreadPool, AWorkerGoesOnWithItsCopyUntilTheNextLoop) {
+  ThreadPool pool(Waited::kThreads);
+  for (int round = 0; round < 100; ++round) {
+    Waited waited;
+    auto state = std::make_unique<WaitingState>(&waited, INT64_MAX, kMark);
+    keep_waiting(pool, *state, 0, [&] { return waited.steps[1].load() > 0; });
+    *state = {nullptr, 0, 0};
+    state.reset();
+    const int64_t before = waited.steps[1].load();
+    while (waited.steps[1].load() < before + 10) std::this_thread::yield();
+    keep_waiting(pool, {&waited, 0, kMark}, 0, [] { return true; });
+    const int64_t after = waited.steps[1].load();
+    for (int i = 0; i < 10; ++i) pool.parallel_for(2, [](int64_t, int) {});
+    EXPECT_EQ(waited.steps[1].load(), after);
+    EXPECT_TRUE(waited.in_order);
+    EXPECT_TRUE(waited.intact);
   }
 }
 

@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "hwy/highway.h"
+#include "src/backend/cpu/stream_cut.h"
 #include "src/backend/cpu/tiles-inl.h"
 #include "src/core/thread_pool.h"
 
@@ -94,6 +95,18 @@ inline WeightsAhead AskFor(const LinearWeights& w, int64_t tile_stride, int64_t 
   ahead.Add(static_cast<const std::byte*>(w.data) + tile * tile_stride + begin / 32 * bytes_per_32,
             tile_stride, (end - begin + 31) / 32 * bytes_per_32);
   return ahead;
+}
+
+// What a thread does that waits in a call of few rows (core/meanwhile.h): asks for the beginning of
+// what it will read in the next one. Between two calls lie norms, attention and the handing out of
+// work, in which memory would rest.
+template <int64_t kLeast>
+bool AskAhead(const ops::LinearsAhead& next, int thread, int threads, int64_t n) {
+  const BytesAhead ahead = bytes_ahead(next, kLanes, kLeast, thread, threads, n);
+  for (const BytesAhead::Part& part : ahead.parts) {
+    for (int64_t i = 0; i < part.bytes; i += 64) __builtin_prefetch(part.begin + i, 0, 2);
+  }
+  return ahead.more;
 }
 
 // --- Results ---------------------------------------------------------------------------------
@@ -194,11 +207,11 @@ inline const ops::LinearArgs* EndOfRun(const ops::LinearArgs* first) {
 // linears of a run have the same pieces, and one follows the other.
 template <class Pieces, class Body>
 void ForPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t blocks, const Pieces& pieces,
-               const Body& body) {
+               const Body& body, const Meanwhile& meanwhile = {}) {
   int64_t total = 0;
   for (const ops::LinearArgs* run = &args; run != nullptr; run = EndOfRun(run))
     total += pieces(*run);
-  pool.parallel_streams(blocks * total, [&](int64_t item, int) {
+  const auto run_item = [&](int64_t item, int) {
     int64_t piece = item % total;
     const ops::LinearArgs* run = &args;
     for (int64_t n = pieces(*run); piece >= n; n = pieces(*run)) {
@@ -208,17 +221,8 @@ void ForPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t blocks, co
     const ops::LinearArgs* const end = EndOfRun(run);
     for (const ops::LinearArgs* one = run; one != end; one = one->next)
       body(*run, *one, item / total, piece);
-  });
-}
-
-constexpr int64_t kStreamStep = 4;  // units, at most
-
-// Units of a step, at least `least`. Long rows take fewer: threads wait for the last step of a
-// linear.
-inline int64_t StreamStepOf(const LinearWeights& w, int64_t least) {
-  constexpr int64_t kBytes = 32 << 10;
-  const int64_t unit = w.bytes / w.tiles * kLanes / kTileRows;
-  return std::clamp<int64_t>(kBytes / std::max<int64_t>(unit, 1), least, kStreamStep);
+  };
+  pool.parallel_streams(blocks * total, run_item, meanwhile);
 }
 
 // Calls run(linear, unit, count) for all units of all linears of a call, in steps: few rows, where
@@ -227,19 +231,20 @@ inline int64_t StreamStepOf(const LinearWeights& w, int64_t least) {
 // first.
 template <class Run>
 void StreamSteps(const ops::LinearArgs& args, ThreadPool& pool, int64_t at_once, const Run& run) {
-  const auto units = [](const ops::LinearArgs& one) {
-    return int64_t{one.w->tiles} * kTileRows / kLanes;
-  };
+  Meanwhile meanwhile;
+  if (args.ahead != nullptr) {
+    meanwhile = at_once == 1 ? Meanwhile::of<AskAhead<1>>(*args.ahead)
+                             : Meanwhile::of<AskAhead<kStreamStep>>(*args.ahead);
+  }
   ForPieces(
       args, pool, 1,
-      [&](const ops::LinearArgs& one) {
-        const int64_t step = StreamStepOf(*one.w, at_once);
-        return (units(one) + step - 1) / step;
-      },
+      [&](const ops::LinearArgs& one) { return StreamCut(*one.w, kLanes, at_once).steps; },
       [&](const ops::LinearArgs& first, const ops::LinearArgs& one, int64_t, int64_t piece) {
-        const int64_t step = StreamStepOf(*first.w, at_once), unit = piece * step;
-        run(one, unit, std::min(step, units(one) - unit));
-      });
+        const StreamCut cut(*first.w, kLanes, at_once);
+        const int64_t unit = piece * cut.step;
+        run(one, unit, std::min(cut.step, cut.units - unit));
+      },
+      meanwhile);
 }
 
 // One item of work on panels: some rows times some columns. `next` and `next_column`: where this
