@@ -68,7 +68,7 @@ struct ThreadPool::Impl {
   // joined.
   const Body* body = nullptr;
   int64_t items = 0;
-  Meanwhile meanwhile;
+  StreamOptions stream;
 
   alignas(64) std::atomic<uint64_t> gate{0};
   alignas(64) std::atomic<int64_t> next_item{0};
@@ -115,9 +115,11 @@ struct ThreadPool::Impl {
     std::atomic<uint64_t>& own = ranges[static_cast<size_t>(thread)].left;
     uint64_t range = own.load(std::memory_order_relaxed);
     while (count_left(range) > 0) {
-      if (own.compare_exchange_weak(range, range + (uint64_t{1} << 32),
+      const auto first = static_cast<int64_t>(range >> 32);
+      const int64_t taken = stream.short_items ? std::max<int64_t>(1, count_left(range) / 4) : 1;
+      if (own.compare_exchange_weak(range, range + (static_cast<uint64_t>(taken) << 32),
                                     std::memory_order_relaxed)) {
-        call(static_cast<int64_t>(range >> 32), thread);
+        for (int64_t i = first; i < first + taken; ++i) call(i, thread);
         range = own.load(std::memory_order_relaxed);
       }
     }
@@ -181,7 +183,7 @@ struct ThreadPool::Impl {
 
   // A worker's part of a loop that it has joined, and what it does until the next.
   void take_part(int thread, uint64_t loop) {
-    const Meanwhile waiting = meanwhile;
+    const Meanwhile waiting = stream.meanwhile;
     waiting.prefetch();
     run_items(thread);
     Meanwhile::Copy copy;
@@ -219,10 +221,10 @@ struct ThreadPool::Impl {
   // Closes the gate and waits for the workers who joined.
   void close_and_wait() {
     const uint64_t joined = gate.fetch_and(~kOpen) & kJoinedMask;
-    if (meanwhile && left.load() != joined) {
+    if (stream.meanwhile && left.load() != joined) {
       Meanwhile::Copy copy;
-      meanwhile.copy(&copy);
-      meanwhile.run(copy, 0, threads(), [&] { return left.load() == joined; });
+      stream.meanwhile.copy(&copy);
+      stream.meanwhile.run(copy, 0, threads(), [&] { return left.load() == joined; });
     }
     for (int spin = 0; spin < kSpins; ++spin) {
       if (left.load() == joined) return;
@@ -270,19 +272,19 @@ void ThreadPool::parallel_for(int64_t items, FunctionRef<void(int64_t item, int 
     return;
   }
   impl_->streams = false;
-  impl_->meanwhile = {};
+  impl_->stream = {};
   impl_->next_item.store(0, std::memory_order_relaxed);
   impl_->run_loop(fn, items);
 }
 
 void ThreadPool::parallel_streams(int64_t items, FunctionRef<void(int64_t item, int thread)> fn,
-                                  const Meanwhile& meanwhile) {
+                                  const StreamOptions& options) {
   if (items <= 1 || impl_->workers.empty()) {
     for (int64_t i = 0; i < items; ++i) fn(i, 0);
     return;
   }
   impl_->streams = true;
-  impl_->meanwhile = meanwhile;
+  impl_->stream = options;
   const int count = threads();
   for (int t = 0; t < count; ++t) {
     const auto begin = static_cast<uint64_t>(stream_begin(items, t, count));

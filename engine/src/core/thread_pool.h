@@ -25,12 +25,23 @@ class ThreadPool {
   // Calls fn(item, thread) for every item in [0, items); thread in [0, threads()).
   void parallel_for(int64_t items, FunctionRef<void(int64_t item, int thread)> fn);
 
+  struct StreamOptions {
+    // Items of some microseconds: a thread takes a quarter of what is left of its range at once.
+    // Taking an item is an atomic operation, and waits until all that the core has asked memory for
+    // is there. Nobody helps with what a thread has taken, so longer items are taken singly.
+    bool short_items = false;
+    // A thread that finds nothing left takes these steps until the next loop begins, if need be
+    // after this one's call has returned.
+    Meanwhile meanwhile = {};
+  };
   // The same, where neighbouring items read neighbouring memory: a thread gets consecutive items,
   // so that what it reads is one stream, and helps out at the end of other threads' ranges when its
-  // own is done. At most 2^31 items. A thread that finds nothing left takes steps of `meanwhile`
-  // until the next loop begins, if need be after this call has returned.
+  // own is done. At most 2^31 items.
+  void parallel_streams(int64_t items, FunctionRef<void(int64_t item, int thread)> fn) {
+    parallel_streams(items, fn, {});
+  }
   void parallel_streams(int64_t items, FunctionRef<void(int64_t item, int thread)> fn,
-                        const Meanwhile& meanwhile = {});
+                        const StreamOptions& options);
 
   // Where the range of `thread` begins among `items` of parallel_streams.
   static int64_t stream_begin(int64_t items, int thread, int threads) {

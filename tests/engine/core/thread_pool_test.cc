@@ -45,10 +45,13 @@ TEST_P(Threads, RunEveryItemOfStreamsExactlyOnce) {
     for (int repeat = 0; repeat < 50; ++repeat) {
       std::vector<std::atomic<int>> runs(static_cast<size_t>(items));
       std::atomic<bool> valid{true};
-      pool.parallel_streams(items, [&](int64_t item, int thread) {
-        if (item < 0 || item >= items || thread < 0 || thread >= pool.threads()) valid = false;
-        runs[static_cast<size_t>(item)].fetch_add(1);
-      });
+      pool.parallel_streams(
+          items,
+          [&](int64_t item, int thread) {
+            if (item < 0 || item >= items || thread < 0 || thread >= pool.threads()) valid = false;
+            runs[static_cast<size_t>(item)].fetch_add(1);
+          },
+          {.short_items = repeat % 2 == 1});
       EXPECT_TRUE(valid);
       for (const auto& count : runs) EXPECT_EQ(count.load(), 1);
       // The other kind of loop right after it.
@@ -117,31 +120,42 @@ TEST(ThreadPool, WorkersTakeItemsWhileTheCallerIsBusy) {
 }
 
 // Whoever runs item 0 waits until the others are done: its neighbours are taken over from the back.
-TEST(ThreadPool, AThreadGetsConsecutiveItemsOfStreamsAndIsHelpedFromTheBack) {
+void expect_streams(bool short_items, int64_t taken_at_once) {
   ThreadPool pool(2);
   constexpr int64_t kItems = 100;
   std::vector<int64_t> order[2];
   std::atomic<int64_t> done{0};
   std::atomic<bool> begun{false};
-  pool.parallel_streams(kItems, [&](int64_t item, int thread) {
-    order[thread].push_back(item);
-    // Nobody goes on before the first item is taken: a thread that the system starts late would
-    // find all of its half gone. Then its owner is the slow one.
-    if (item == 0) begun.store(true);
-    while (!begun.load()) std::this_thread::yield();
-    while (item == 0 && done.load() < kItems - 1) std::this_thread::yield();
-    done.fetch_add(1);
-  });
+  pool.parallel_streams(kItems,
+                        [&](int64_t item, int thread) {
+                          order[thread].push_back(item);
+                          // Nobody goes on before the first item is taken: a thread that the system
+                          // starts late would find all of its half gone. Then its owner is the slow
+                          // one.
+                          if (item == 0) begun.store(true);
+                          while (!begun.load()) std::this_thread::yield();
+                          while (item == 0 && done.load() < kItems - taken_at_once)
+                            std::this_thread::yield();
+                          done.fetch_add(1);
+                        },
+                        {.short_items = short_items});
   ASSERT_FALSE(order[0].empty() || order[1].empty());
   const std::vector<int64_t>& slow = order[0].front() == 0 ? order[0] : order[1];
   const std::vector<int64_t>& quick = order[0].front() == 0 ? order[1] : order[0];
-  EXPECT_EQ(slow, std::vector<int64_t>{0});
-  ASSERT_EQ(quick.size(), static_cast<size_t>(kItems - 1));
+  ASSERT_EQ(slow.size(), static_cast<size_t>(taken_at_once));
+  for (int64_t i = 0; i < taken_at_once; ++i) EXPECT_EQ(slow[static_cast<size_t>(i)], i);
+  ASSERT_EQ(quick.size(), static_cast<size_t>(kItems - taken_at_once));
   for (int64_t i = 0; i < kItems / 2; ++i)  // its own half, in order
     EXPECT_EQ(quick[static_cast<size_t>(i)], kItems / 2 + i);
-  for (int64_t i = kItems / 2; i < kItems - 1; ++i)
+  for (int64_t i = kItems / 2; i < kItems - taken_at_once; ++i)
     EXPECT_EQ(quick[static_cast<size_t>(i)], kItems - 1 - i);
 }
+
+TEST(ThreadPool, AThreadGetsConsecutiveItemsOfStreamsAndIsHelpedFromTheBack) {
+  expect_streams(false, 1);
+}
+
+TEST(ThreadPool, AThreadTakesAQuarterOfItsShortItemsAtOnce) { expect_streams(true, 12); }
 
 // Both threads are inside before either goes on; the worker then takes its time. A loop that
 // returned without waiting for it would leave `done` unset (and hand the worker a dead loop body).
@@ -185,14 +199,13 @@ bool count_steps(const WaitingState& state, int thread, int threads, int64_t n) 
 template <class Until>
 void keep_waiting(ThreadPool& pool, const WaitingState& state, int slow, const Until& until) {
   std::atomic<int> inside{0};
-  pool.parallel_streams(
-      2,
-      [&](int64_t, int thread) {
-        inside.fetch_add(1);
-        while (inside.load() < 2) std::this_thread::yield();
-        while (thread == slow && !until()) std::this_thread::yield();
-      },
-      Meanwhile::of<count_steps>(state));
+  pool.parallel_streams(2,
+                        [&](int64_t, int thread) {
+                          inside.fetch_add(1);
+                          while (inside.load() < 2) std::this_thread::yield();
+                          while (thread == slow && !until()) std::this_thread::yield();
+                        },
+                        {.meanwhile = Meanwhile::of<count_steps>(state)});
 }
 
 TEST(ThreadPool, AThreadThatWaitsForAnotherTakesSteps) {

@@ -207,7 +207,7 @@ inline const ops::LinearArgs* EndOfRun(const ops::LinearArgs* first) {
 // linears of a run have the same pieces, and one follows the other.
 template <class Pieces, class Body>
 void ForPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t blocks, const Pieces& pieces,
-               const Body& body, const Meanwhile& meanwhile = {}) {
+               const Body& body, const ThreadPool::StreamOptions& options = {}) {
   int64_t total = 0;
   for (const ops::LinearArgs* run = &args; run != nullptr; run = EndOfRun(run))
     total += pieces(*run);
@@ -222,7 +222,7 @@ void ForPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t blocks, co
     for (const ops::LinearArgs* one = run; one != end; one = one->next)
       body(*run, *one, item / total, piece);
   };
-  pool.parallel_streams(blocks * total, run_item, meanwhile);
+  pool.parallel_streams(blocks * total, run_item, options);
 }
 
 // Calls run(linear, unit, count) for all units of all linears of a call, in steps: few rows, where
@@ -231,10 +231,10 @@ void ForPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t blocks, co
 // first.
 template <class Run>
 void StreamSteps(const ops::LinearArgs& args, ThreadPool& pool, int64_t at_once, const Run& run) {
-  Meanwhile meanwhile;
+  ThreadPool::StreamOptions options{.short_items = true};
   if (args.ahead != nullptr) {
-    meanwhile = at_once == 1 ? Meanwhile::of<AskAhead<1>>(*args.ahead)
-                             : Meanwhile::of<AskAhead<kStreamStep>>(*args.ahead);
+    options.meanwhile = at_once == 1 ? Meanwhile::of<AskAhead<1>>(*args.ahead)
+                                     : Meanwhile::of<AskAhead<kStreamStep>>(*args.ahead);
   }
   ForPieces(
       args, pool, 1,
@@ -244,7 +244,7 @@ void StreamSteps(const ops::LinearArgs& args, ThreadPool& pool, int64_t at_once,
         const int64_t unit = piece * cut.step;
         run(one, unit, std::min(cut.step, cut.units - unit));
       },
-      meanwhile);
+      options);
 }
 
 // One item of work on panels: some rows times some columns. `next` and `next_column`: where this
