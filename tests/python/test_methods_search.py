@@ -121,9 +121,13 @@ def test_a_row_of_weight_n_counts_as_n_rows(part: int, tmp_path: Path) -> None:
     assert data.rows == 2 * count
     assert torch.equal(data.token_weights, torch.cat([counts, torch.ones(count)]))
 
-    factor = awq.candidate(data.mean[0], 0.4)
+    factor = data.mean[0] ** 0.4
     scaled = scale_half(weights, half, factor, None)
-    rounded = Linears(chosen.rounded(scaled, half.linears), chosen.inputs_of(half.linears))
+    changed = dict(scaled)
+    for name in half.linears:
+        key = f"{name}.weight"
+        changed[key] = fake_quantize(scaled[key], chosen.formats[name])
+    rounded = Linears(changed, chosen.inputs_of(half.linears))
     error = size = 0.0
     for rows, t in zip(normed, times, strict=True):
         exact = half.branch(rows, linears)[0]
@@ -133,17 +137,17 @@ def test_a_row_of_weight_n_counts_as_n_rows(part: int, tmp_path: Path) -> None:
     got = data.branch_error(scaled, chosen, half.linears, factor)
     assert got == pytest.approx(error / size, rel=1e-5)
 
-    factor = awq.candidate(data.mean[1], 0.4)
-    scaled = {
-        **weights,
-        f"{half.last}.weight": scale_columns(weights[f"{half.last}.weight"], factor),
-    }
-    rounded = Linears(chosen.rounded(scaled, (half.last,)), chosen.inputs_of((half.last,)))
-    error = 0.0
-    for rows, t in zip(inner, times, strict=True):
-        difference = rounded(half.last, rows / factor)[0] - linears(half.last, rows)[0]
-        error += float(difference.repeat_interleave(t, 0).double().square().sum())
-    assert data.last_error(scaled, chosen, factor) == pytest.approx(error / size, rel=1e-5)
+
+def test_a_candidate_does_not_see_roundings_of_the_one_before(tmp_path: Path) -> None:
+    half, weights = halves(decoder())[1], layer(decoder())
+    chosen, key = setting(half), "mlp.up.weight"
+    data = found(half, weights, tmp_path / "a")
+    first = data.branch_error(weights, chosen, half.linears)
+    other = {**weights, key: weights[key] * torch.linspace(0.5, 2, HIDDEN)}
+    second = data.branch_error(other, chosen, half.linears)
+    assert second != first
+    assert second == found(half, weights, tmp_path / "b").branch_error(other, chosen, half.linears)
+    assert first == data.branch_error(weights, chosen, half.linears)
 
 
 @pytest.mark.parametrize("activations", [None, "a4"])
@@ -278,29 +282,51 @@ def test_awq_takes_the_best_ratio_of_the_grid(
     x = [torch.randn(1, ROWS // 2, HIDDEN, generator=rng) for _ in range(2)]
     normed = torch.cat([half.normed(rows, weights)[0] for rows in x])
     sx = normed.abs().mean(0)
-    errors = []
-    acts = {name: chosen.activations[name] for name in half.firsts}
-    for n in range(20):
-        s = (sx ** (n / 20)).clamp_min(1e-4)
-        s = s / (s.max() * s.min()) ** 0.5
-        changed = dict(weights)
-        for suffix in ("weight", "bias"):
-            if f"{half.norm_name}.{suffix}" in weights:
-                changed[f"{half.norm_name}.{suffix}"] = weights[f"{half.norm_name}.{suffix}"] / s
-        for name in half.firsts:
-            scaled = weights[f"{name}.weight"] * s
-            changed[f"{name}.weight"] = torch.from_numpy(
-                dequantize(quantize_as(scaled.numpy(), parse_format("w3g16")))
-            )
-        errors.append(loss(half, weights, changed, x, acts))
+    groups = torch.cat([weights[f"{name}.weight"] for name in half.firsts]).abs()
+    groups = groups.view(len(groups), -1, 16)
+    columns = (groups / groups.amax(-1, keepdim=True)).mean(0).flatten()
+    errors, factors = [], []
+    for duo in (0, 1):
+        for n in range(20):
+            s = (sx ** (n / 20) / columns ** (duo * (1 - n / 20))).clamp_min(1e-4)
+            s = s / (s.max() * s.min()) ** 0.5
+            changed = dict(weights)
+            for suffix in ("weight", "bias"):
+                name = f"{half.norm_name}.{suffix}"
+                if name in weights:
+                    changed[name] = weights[name] / s
+            for name in half.linears:
+                scaled = weights[f"{name}.weight"] * (s if name in half.firsts else 1)
+                changed[f"{name}.weight"] = torch.from_numpy(
+                    dequantize(quantize_as(scaled.numpy(), parse_format("w3g16")))
+                )
+            errors.append(loss(half, weights, changed, x, chosen.activations))
+            factors.append(s)
     # Quantized inputs that lie near a border may round differently: then by a whole step.
-    assert result.report["norm"]["errors"] == pytest.approx(errors, rel=1e-3 if acts else 1e-4)
-    best = result.report["norm"]["errors"].index(min(result.report["norm"]["errors"]))
-    assert result.report["norm"]["ratio"] == best / 20
+    exact = activations == "a16"
+    report = result.report["norm"]
+    assert report["errors"] == pytest.approx(errors, rel=1e-4 if exact else 2e-3)
+    best = report["errors"].index(min(report["errors"]))
+    assert (report["ratio"], report["duo"]) == (best % 20 / 20, best >= 20)
     assert torch.allclose(data.mean[0], sx, rtol=1e-5)
     if half.norm_name in result.scales:
-        expected = awq.candidate(data.mean[0], best / 20)
-        assert torch.allclose(result.scales[half.norm_name], expected)
+        assert torch.allclose(result.scales[half.norm_name], factors[best], rtol=1e-4)
+    if half.fold is not None:  # given the norm's factors
+        fold = result.report["fold"]
+        best = fold["errors"].index(min(fold["errors"]))
+        mean, groups = data.mean[1], weights[f"{half.last}.weight"].abs()
+        groups = groups.view(len(groups), -1, 16)
+        columns = (groups / groups.amax(-1, keepdim=True)).mean(0).flatten()
+        s = mean ** fold["ratio"] / columns ** (1 - fold["ratio"] if fold["duo"] else 0)
+        s = s.clamp_min(1e-4)
+        s = s / (s.max() * s.min()) ** 0.5
+        norm = factors[report["errors"].index(min(report["errors"]))]
+        scaled = scale_half(weights, half, norm, s)
+        assert fold["errors"][best] == pytest.approx(
+            data.branch_error(scaled, chosen, half.linears, norm), rel=1e-4 if exact else 2e-3
+        )
+        if half.fold in result.scales:
+            assert torch.allclose(result.scales[half.fold], s, rtol=1e-4)
     assert set(result.scales) <= {half.norm_name, *([half.fold] if half.fold else [])}
     # What was kept is what the report says, and never above plain rounding.
     changed = scale_half(
@@ -386,6 +412,21 @@ def test_smoothquant_auto_never_ends_above_plain_rounding(tmp_path: Path) -> Non
                 assert again.report["norm"]["errors"] == [min(errors)]
 
 
+def test_awq_takes_a_channel_that_no_weight_reads_as_one_they_reach() -> None:
+    mean = torch.tensor([4.0, 1.0, 1.0])
+    dead, full = torch.tensor([0.5, 0.0, 0.25]), torch.tensor([0.5, 1.0, 0.25])
+    for one, other in zip(
+        awq.candidates(mean, dead, 4), awq.candidates(mean, full, 4), strict=True
+    ):
+        assert torch.equal(one.factor, other.factor)
+        assert (one.ratio, one.duo) == (other.ratio, other.duo)
+    duo = awq.candidates(mean, full, 2)[2:]
+    assert [one.ratio for one in duo] == [0, 0.5]
+    # 1 / c = 2, 1, 4 over sqrt(4 * 1); and sqrt(4 / 0.5), 1, sqrt(1 / 0.25) over sqrt(8 ** 0.5).
+    assert torch.allclose(duo[0].factor, torch.tensor([1.0, 0.5, 2.0]))
+    assert torch.allclose(duo[1].factor, torch.tensor([8**0.5, 1.0, 2.0]) / 8**0.25)
+
+
 def test_channels_that_were_never_seen_keep_the_factor_one() -> None:
     s = smoothquant.candidate(torch.tensor([0.0, 4.0, 1.0]), torch.tensor([1.0, 1.0, 0.0]), 0.5)
     assert s.tolist() == [1.0, 2.0, 1.0]
@@ -395,7 +436,7 @@ def test_only_whole_samples_within_the_budget_are_kept(tmp_path: Path) -> None:
     half = halves(decoder())[1]
     weights = layer(decoder())
     data = found(half, weights, tmp_path, Budget(search_rows=ROWS // 2, clip_rows=6))
-    assert len(data.normed) == len(data.inner) == 1 and data.normed[0].shape[1] == ROWS // 2
+    assert len(data.normed) == len(data.reference) == 1 and data.normed[0].shape[1] == ROWS // 2
     assert [len(rows) for rows in data.tokens] == [6, 6]
     assert data.rows == ROWS
 

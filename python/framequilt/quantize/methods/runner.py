@@ -226,6 +226,7 @@ class _Run:
 
     def _job(self) -> dict[str, Any]:
         return {
+            **({"search": awq.REVISION} if self.method == "awq" else {}),
             "method": self.method,
             "weights": self.scheme.name,
             "activations": self.acts.name,

@@ -38,14 +38,6 @@ class Setting:
             for name in half.linears
         )
 
-    def rounded(self, weights: Weights, linears: tuple[str, ...]) -> dict[str, Tensor]:
-        """The tensors with some linears as they are read back after plain rounding."""
-        result = dict(weights)
-        for name in linears:
-            key = f"{name}.weight"
-            result[key] = fake_quantize(weights[key], self.formats[name], self.range_)
-        return result
-
     def inputs_of(self, linears: tuple[str, ...]) -> dict[str, ActivationFormat | None]:
         """How the inputs of these linears are quantized."""
         return {name: self.activations.get(name) for name in linears}
@@ -82,7 +74,7 @@ class Statistics:
         self._kept = _whole_samples(store, budget.search_rows)
         per_sample = -(-budget.clip_rows // max(count, 1))
         self.normed: list[Tensor] = []  # whole samples, for the search
-        self.inner: list[Tensor] = []
+        self.reference: list[Tensor] = []  # outputs of the half for them
         self._row_weights: list[Tensor | None] = []  # of the whole samples
         some: tuple[list[Tensor], list[Tensor]] = ([], [])
         some_weights: list[Tensor] = []
@@ -94,7 +86,8 @@ class Statistics:
             x = store.get(index)
             normed = half.normed(x, weights)
             inner = half.inner(normed, linears)
-            store.put(index, x + linears(half.last, inner))
+            output = linears(half.last, inner)
+            store.put(index, x + output)
             own = store.weights_of(index)
             length = normed.numel() // normed.shape[-1]
             step = max(length // per_sample, 1)
@@ -118,7 +111,7 @@ class Statistics:
             counted += length if own is None else float(own.sum())
             if index in self._kept:
                 self.normed.append(normed)
-                self.inner.append(inner)
+                self.reference.append(output)
                 self._row_weights.append(own)
         self.rows = rows
         # Of the norm's rows, of the inner rows.
@@ -126,7 +119,7 @@ class Statistics:
         self.most = most
         self.tokens = [torch.cat(values) for values in some]
         self.token_weights = torch.cat(some_weights) if some_weights else None
-        self.reference = [linears(half.last, inner) for inner in self.inner]
+        self._last_rounded: dict[str, tuple[Tensor, Tensor]] = {}
 
     def branch_error(
         self, weights: Weights, setting: Setting, rounded: tuple[str, ...],
@@ -137,7 +130,10 @@ class Statistics:
         `weights` are scaled already, with `norm_factor`; the linears `rounded` are rounded, and
         their inputs quantized.
         """
-        changed = setting.rounded(weights, rounded)
+        changed = dict(weights)
+        for name in rounded:
+            key = f"{name}.weight"
+            changed[key] = self._rounded(key, weights[key], setting.formats[name], setting.range_)
         linears = Linears(changed, setting.inputs_of(rounded))
         error = size = 0.0
         kept = zip(self.normed, self.reference, self._row_weights, strict=True)
@@ -147,17 +143,13 @@ class Statistics:
             size += _square(reference, own)
         return error / max(size, 1e-30)
 
-    def last_error(self, weights: Weights, setting: Setting, factor: Tensor) -> float:
-        """The same for the last linear alone, whose inputs are divided by `factor`."""
-        changed = setting.rounded(weights, (self.half.last,))
-        linears = Linears(changed, setting.inputs_of((self.half.last,)))
-        error = size = 0.0
-        for inner, reference, own in zip(
-            self.inner, self.reference, self._row_weights, strict=True
-        ):
-            error += _square(linears(self.half.last, inner / factor) - reference, own)
-            size += _square(reference, own)
-        return error / max(size, 1e-30)
+    def _rounded(self, key: str, weight: Tensor, form: WeightFormat, range_: Range) -> Tensor:
+        """A weight as it is read back. Candidates share most tensors with the one before."""
+        last = self._last_rounded.get(key)
+        if last is None or last[0] is not weight:
+            last = weight, fake_quantize(weight, form, range_)
+            self._last_rounded[key] = last
+        return last[1]
 
 
 def _square(x: Tensor, row_weights: Tensor | None) -> float:
