@@ -1,17 +1,11 @@
 """AWQ (Lin et al., arXiv 2306.00978): channels with large inputs are scaled up before rounding, and
 ranges are clipped where that lowers the error of the output.
 
-    s_j = mean|X_j|^ratio, or that divided by c_j^(1 - ratio), at least 1e-4
-    c_j = mean over outputs of |W_j| / max|W| of its group
-    ratio in {0, 1/20, ..., 19/20};  s /= sqrt(max(s) * min(s))
+    s = max(mean|X_j|^ratio, 1e-4) for ratio in {0, 1/20, ..., 19/20};  s /= sqrt(max(s) * min(s))
     kept: the s with the least error of the whole half (attention, or MLP) with all its linears
-    rounded; then, for the same s, that of the linear whose factor folds into the linear before it
+    rounded; then, beside it, the s of the linear whose factor folds into the linear before it
     m = (1 - shrink) * max|w| of a group, shrink in {0, 0.05, ..., 0.45}, but for q and k
     kept: the m with the least ||X (round(clamp(w, -m, m)) - w)||^2 of that row and group
-
-The paper's s is the first; its published code has the second, and so have those that follow it: a
-channel whose weights reach the ends of their groups' ranges anyway gains nothing from a larger
-factor and widens them. Neither is better everywhere (METHODS.md).
 
 With quantized activations both searches see quantized inputs. What each search finds is kept only
 if it lowers the error of the half with all its linears rounded, so that no half ends above plain
@@ -19,9 +13,6 @@ rounding on the rows that were searched.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,42 +31,10 @@ SHRINKS = tuple(n / 20 for n in range(10))
 _NOT_CLIPPED = ("attention.q", "attention.k")  # their product is what matters, not each output
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Factors [inputs]; `duo`: by inputs and weights."""
-
-    ratio: float
-    duo: bool
-    factor: Tensor
-
-
-def candidates(mean: Tensor, columns: Tensor, steps: int) -> list[Candidate]:
-    """All factors for mean magnitudes of inputs and for `mean_columns`, [inputs] each.
-
-    A channel that no weight reads counts as one whose weights reach everywhere.
-    """
-    columns = torch.where(columns > 0, columns, 1.0)
-    found = []
-    for duo in (False, True):
-        for ratio in (n / steps for n in range(steps)):
-            s = mean.pow(ratio)
-            if duo:
-                s = s / columns.pow(1 - ratio)
-            s = s.clamp_min(1e-4)
-            found.append(Candidate(ratio, duo, s / (s.max() * s.min()).sqrt()))
-    return found
-
-
-def mean_columns(weights: Weights, linears: Iterable[str], setting: Setting) -> Tensor:
-    """Of each column [inputs] of these linears the mean magnitude, as a part of the greatest of its
-    row's group."""
-    parts = []
-    for name in linears:
-        weight = weights[f"{name}.weight"].abs()
-        grouped = in_groups(weight, group_size(setting.formats[name], weight.shape[1]))
-        part = grouped / grouped.amax(-1, keepdim=True).clamp_min(1e-30)
-        parts.append(part.flatten(1)[:, : weight.shape[1]])
-    return torch.cat(parts).mean(0)
+def candidate(mean: Tensor, ratio: float) -> Tensor:
+    """The factors of a ratio, for mean magnitudes [inputs]."""
+    s = mean.pow(ratio).clamp_min(1e-4)
+    return s / (s.max() * s.min()).sqrt()
 
 
 def search_half(
@@ -84,25 +43,27 @@ def search_half(
     """Factors and clips of one half of a layer, with ratios n / steps. Errors: InvalidArgument."""
     if steps < 1:
         raise InvalidArgument(f"a grid of {steps} ratios")
+    ratios = [n / steps for n in range(steps)]
     result = HalfResult()
 
-    def best(place: str, mean: Tensor, linears: tuple[str, ...], norm: Tensor | None) -> Tensor:
-        """The best factors for these linears: of the norm, or, given the norm's, of the fold."""
-        all_ = candidates(mean, mean_columns(weights, linears, setting), steps)
+    def best(place: str, mean: Tensor, norm: Tensor | None) -> Tensor:
+        """The best factors of a place: the norm, or, beside the norm's, the fold."""
         base = weights if norm is None else scale_half(weights, half, norm, None)
         errors = []
-        for one in all_:
-            pair = (one.factor, None) if place == "norm" else (None, one.factor)
-            scaled = scale_half(base, half, *pair)
-            errors.append(found.branch_error(scaled, setting, half.linears, one.factor if norm is None else norm))
-        least = all_[errors.index(min(errors))]
-        result.report[place] = {"ratio": least.ratio, "duo": least.duo, "errors": errors}
-        return least.factor
+        for ratio in ratios:
+            s = candidate(mean, ratio)
+            scaled = scale_half(base, half, *((s, None) if place == "norm" else (None, s)))
+            errors.append(
+                found.branch_error(scaled, setting, half.linears, s if norm is None else norm)
+            )
+        ratio = ratios[errors.index(min(errors))]
+        result.report[place] = {"ratio": ratio, "errors": errors}
+        return candidate(mean, ratio)
 
-    norm_factor = best("norm", found.mean[0], half.firsts, None)
+    norm_factor = best("norm", found.mean[0], None)
     fold_factor = None
     if half.fold is not None:
-        fold_factor = best("fold", found.mean[1], (half.last,), norm_factor)
+        fold_factor = best("fold", found.mean[1], norm_factor)
     # One without the other, or none, may be better.
     choices = [(None, None), (norm_factor, None)]
     if fold_factor is not None:
