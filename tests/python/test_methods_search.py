@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from framequilt.errors import InvalidArgument
 from framequilt.quantize import dequantize, parse_activations, parse_format, quantize_as
 from framequilt.quantize.calibration.blocks import Half, Linears, fake_quantize_rows, halves
 from framequilt.quantize.calibration.rows import RowStore
-from framequilt.quantize.methods import awq, smoothquant
+from framequilt.quantize.methods import awq, search, smoothquant
 from framequilt.quantize.methods.grids import fake_quantize
 from framequilt.quantize.methods.rescale import (
     RescaledTensor,
@@ -148,6 +149,33 @@ def test_a_candidate_does_not_see_roundings_of_the_one_before(tmp_path: Path) ->
     assert second != first
     assert second == found(half, weights, tmp_path / "b").branch_error(other, chosen, half.linears)
     assert first == data.branch_error(weights, chosen, half.linears)
+
+
+def test_roundings_of_a_candidate_go_with_it_and_shared_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, weights = halves(decoder())[1], layer(decoder())
+    chosen, data = setting(half), found(half, weights, tmp_path / "a")
+    made: list[weakref.ref[Any]] = []
+
+    def recorded(*args: Any) -> Any:
+        rounded = fake_quantize(*args)
+        made.append(weakref.ref(rounded))
+        return rounded
+
+    def alive() -> int:
+        return sum(rounded() is not None for rounded in made)
+
+    monkeypatch.setattr(search, "fake_quantize", recorded)
+    factor = torch.linspace(0.5, 2, HIDDEN)
+    for candidates in range(1, 4):
+        scaled = scale_half(weights, half, factor * candidates, None)
+        data.branch_error(scaled, chosen, half.linears, factor * candidates)
+        # Gate and up anew, and of the first candidate down, which all of them share.
+        assert len(made) == 2 * candidates + 1
+        assert alive() == 3
+        del scaled
+        assert alive() == 1
 
 
 @pytest.mark.parametrize("activations", [None, "a4"])

@@ -46,24 +46,27 @@ def search_half(
     ratios = [n / steps for n in range(steps)]
     result = HalfResult()
 
-    def best(place: str, mean: Tensor, norm: Tensor | None) -> Tensor:
-        """The best factors of a place: the norm, or, beside the norm's, the fold."""
+    def best(mean: Tensor, norm: Tensor | None = None) -> Tensor:
+        """The best factor of the norm, or, beside the norm's, of the fold."""
         base = weights if norm is None else scale_half(weights, half, norm, None)
-        errors = []
-        for ratio in ratios:
-            s = candidate(mean, ratio)
-            scaled = scale_half(base, half, *((s, None) if place == "norm" else (None, s)))
-            errors.append(
-                found.branch_error(scaled, setting, half.linears, s if norm is None else norm)
-            )
+
+        def error(s: Tensor) -> float:
+            # A candidate's tensors go before the next one's are made.
+            if norm is None:
+                return found.branch_error(scale_half(base, half, s, None), setting, half.linears, s)
+            scaled = scale_half(base, half, None, s)
+            return found.branch_error(scaled, setting, half.linears, norm)
+
+        errors = [error(candidate(mean, ratio)) for ratio in ratios]
         ratio = ratios[errors.index(min(errors))]
+        place = "norm" if norm is None else "fold"
         result.report[place] = {"ratio": ratio, "errors": errors}
         return candidate(mean, ratio)
 
-    norm_factor = best("norm", found.mean[0], None)
+    norm_factor = best(found.mean[0])
     fold_factor = None
     if half.fold is not None:
-        fold_factor = best("fold", found.mean[1], norm_factor)
+        fold_factor = best(found.mean[1], norm_factor)
     # One without the other, or none, may be better.
     choices = [(None, None), (norm_factor, None)]
     if fold_factor is not None:

@@ -7,8 +7,10 @@ Memory: rows of some whole samples (`Budget.search_rows`) and of some tokens (`B
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,7 +121,7 @@ class Statistics:
         self.most = most
         self.tokens = [torch.cat(values) for values in some]
         self.token_weights = torch.cat(some_weights) if some_weights else None
-        self._last_rounded: dict[str, tuple[Tensor, Tensor]] = {}
+        self._last_rounded: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def branch_error(
         self, weights: Weights, setting: Setting, rounded: tuple[str, ...],
@@ -144,12 +146,22 @@ class Statistics:
         return error / max(size, 1e-30)
 
     def _rounded(self, key: str, weight: Tensor, form: WeightFormat, range_: Range) -> Tensor:
-        """A weight as it is read back. Candidates share most tensors with the one before."""
+        """A weight as it is read back. Candidates share most tensors with the one before.
+
+        A rounding goes with its weight: kept on, those of a candidate that is done would lie in
+        memory beside the next one's.
+        """
         last = self._last_rounded.get(key)
-        if last is None or last[0] is not weight:
-            last = weight, fake_quantize(weight, form, range_)
-            self._last_rounded[key] = last
-        return last[1]
+        if last is not None and last[0]() is weight:
+            return last[1]
+        rounded = fake_quantize(weight, form, range_)
+        self._last_rounded[key] = weakref.ref(weight, partial(self._forget, key)), rounded
+        return rounded
+
+    def _forget(self, key: str, weight: weakref.ref[Tensor]) -> None:
+        """Drops a rounding whose weight is gone, unless another one has taken its place."""
+        if key in self._last_rounded and self._last_rounded[key][0] is weight:
+            del self._last_rounded[key]
 
 
 def _square(x: Tensor, row_weights: Tensor | None) -> float:
