@@ -114,7 +114,7 @@ struct AffineFormat {
 };
 
 // Widths of two planes, and of 2 bits: codes are put together as bytes first.
-template <int kBits>
+template <int kBits, bool kOffset>
 struct PlanesFormat {
   static constexpr int kInputs = kHalfInputs;
   static constexpr int64_t kBytesPer32 = SuperblockBytes(kBits);
@@ -128,34 +128,36 @@ struct PlanesFormat {
     const DF df;
     Group g;
     g.scale = LoadScales(w, unit, group);
-    const bool offset = w.offsets != nullptr;
-    const VF zero = offset ? hn::Zero(df) : LoadZeros(w, unit, group);
-    g.offset = offset ? LoadNumbers(w, w.offsets, unit, group) : hn::Set(df, -0.0f);
+    VF zero = hn::Zero(df);
+    g.offset = zero;
+    if constexpr (kOffset) {
+      g.offset = LoadNumbers(w, w.offsets, unit, group);
+    } else {
+      zero = LoadZeros(w, unit, group);
+    }
     Unrolled<2>([&](auto i) FRAMEQUILT_INLINE {
       g.minus[i] = hn::Add(zero, hn::Set(df, CodeBase(i * 8)));
     });
     return g;
   }
   struct Block {
-    VU halves[2 * kHalfWords];
+    VU words[kHalfWords];
   };
   static HWY_INLINE Block Open(const std::byte* data, int64_t i, int64_t tile_stride,
                                int64_t unit) {
-    VU words[kHalfWords];
-    LoadCodes<kBits>(data + i / 32 * kBytesPer32, static_cast<int>(i / kHalfInputs % 2),
-                     tile_stride, unit, words);
     Block block;
-    Unrolled<kHalfWords>([&](auto j) FRAMEQUILT_INLINE {
-      block.halves[2 * j] = words[j];
-      block.halves[2 * j + 1] = hn::ShiftRight<16>(words[j]);
-    });
+    LoadCodes<kBits>(data + i / 32 * kBytesPer32, static_cast<int>(i / kHalfInputs % 2),
+                     tile_stride, unit, block.words);
     return block;
   }
   template <int kInput>
   static HWY_INLINE VF Weight(const Block& b, const Group& g) {
     constexpr int kShift = kInput % 2 * 8;
-    const VF code = CodeMinusZero<8, kShift>(b.halves[kInput / 2], g.minus[kInput % 2]);
-    return hn::Add(hn::Mul(code, g.scale), g.offset);
+    const VF code = CodeMinusZero<8, kShift>(
+        kInput / 2 % 2 == 0 ? b.words[kInput / 4] : hn::ShiftRight<16>(b.words[kInput / 4]),
+        g.minus[kInput % 2]);
+    const VF weight = hn::Mul(code, g.scale);
+    return kOffset ? hn::Add(weight, g.offset) : weight;
   }
 };
 
@@ -193,6 +195,10 @@ HWY_NOINLINE void StreamUnits(const ops::LinearArgs& args, int64_t unit, int64_t
   const DF df;
   const LinearWeights& w = *args.w;
   constexpr int kInputs = Format::kInputs;
+  // Inputs between two times that memory is asked ahead.
+  constexpr int64_t kStep = Format::kGroups ? 16 : kInputs,
+                    kStepBytes = BytesPer32<Format>() * kStep / 32;
+  constexpr int64_t kAhead = kLanes == 16 ? 8192 : 2048;
   const int64_t tile_stride = TileStride<Format>(w);
   const auto* const data = static_cast<const std::byte*>(w.data);
   const auto unit_of = [&](int64_t u) FRAMEQUILT_INLINE { return unit + std::min(u, count - 1); };
@@ -208,8 +214,7 @@ HWY_NOINLINE void StreamUnits(const ops::LinearArgs& args, int64_t unit, int64_t
     Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
       groups[u] = Format::LoadGroup(w, unit_of(u), group_index);
     });
-    int64_t i = begin;
-    for (; i + kInputs <= end; i += kInputs) {
+    const auto add_block = [&](int64_t i) FRAMEQUILT_INLINE {
       typename Format::Block blocks[kUnits];
       Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
         blocks[u] = Format::Open(data, i, tile_stride, unit_of(u));
@@ -240,7 +245,19 @@ HWY_NOINLINE void StreamUnits(const ops::LinearArgs& args, int64_t unit, int64_t
           });
         }
       });
+    };
+    int64_t i = begin;
+    for (; i + kStep <= end; i += kStep) {
+      if constexpr (Format::kGroups) {
+        Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
+          PrefetchUnit<kUnits, kAhead, kStepBytes>(
+              UnitWords(data, tile_stride, unit_of(u)), tile_stride,
+              static_cast<int64_t>(static_cast<uint64_t>(i) / kStep) * kStepBytes);
+        });
+      }
+      Unrolled<kStep / kInputs>([&](auto b) FRAMEQUILT_INLINE { add_block(i + b * kInputs); });
     }
+    for (; i + kInputs <= end; i += kInputs) add_block(i);
     if (i < end) {  // the last, partial block: x ends with `in`
       HWY_ALIGN float weights[kInputs * kUnits * kLanes];
       Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
@@ -299,12 +316,18 @@ void Stream(const ops::LinearArgs& args, ThreadPool& pool) {
 // --- Many rows: panels in cache --------------------------------------------------------------
 
 constexpr int64_t kPanelColumns = 2 * kLanes;
-constexpr int64_t kGroupColumns = 64;  // columns of one item of work
-// Inputs of a panel. Of 8 lanes it fits the first cache level. Of 16 lanes it does not: read from
-// one end to the other, it comes from the second level in time, and a third of the loads and stores
-// of sums are left (2 to 4 % less time than with 192, Zen 5).
-constexpr int64_t kInputBlock = kLanes == 16 ? 576 : 256;
-constexpr int64_t kRowBlock = 384;  // rows of one item of work
+constexpr int64_t kGroupColumns = 64;                      // columns of one item of work
+constexpr int64_t kMostInputs = kLanes == 16 ? 576 : 256;  // of a panel
+constexpr int64_t kRowBlock = 384;                         // rows of one item of work
+
+// Inputs of a panel for so many rows. 192 of 16 lanes fit the first cache level: unpacked there,
+// they are read a few times. With many rows longer panels take 2 to 4 % less time (Zen 5): they are
+// read from one end to the other, so that they come from the second level in time, and a third of
+// the loads and stores of sums are left.
+inline int64_t PanelInputs(int64_t rows) {
+  constexpr int64_t kFewRows = 48;
+  return kLanes == 16 && rows < kFewRows ? 192 : kMostInputs;
+}
 
 // Weights [begin, end) x unit as float32 into panel[(i - begin) * stride]. `begin` is a multiple of
 // kInputs.

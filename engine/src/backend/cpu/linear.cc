@@ -23,7 +23,7 @@ struct PanelScratch {
 
 PanelScratch& ThreadScratch() {
   static thread_local PanelScratch scratch;
-  scratch.panel.reserve((kInputBlock + kHalfInputs) * kPanelColumns);
+  scratch.panel.reserve((kMostInputs + kHalfInputs) * kPanelColumns);
   scratch.sums.reserve(kRowBlock * kGroupColumns);
   return scratch;
 }
@@ -40,17 +40,18 @@ void PanelItem(const PanelPiece& item, const PanelFormat& format) {
   PanelScratch& scratch = ThreadScratch();
   const int64_t rows = item.row_end - item.row_begin;
   const float* const x = args.x + item.row_begin * args.x_stride;
+  const int64_t inputs = PanelInputs(rows);
   const bool copy = NeedsCopy(args.x_stride, rows);
-  constexpr int64_t kCopyStride = kInputBlock + 16;
+  constexpr int64_t kCopyStride = kMostInputs + 16;
   if (copy) scratch.rows.reserve(static_cast<size_t>(kRowBlock * kCopyStride));
   const auto vectors_of = [&](int64_t column) {
     return std::min(kPanelColumns, item.column_end - column) / kLanes;
   };
   ForPanels(
-      item, w.in, kInputBlock, kPanelColumns,
+      item, w.in, inputs, kPanelColumns,
       [&](const LinearWeights& next, int64_t column, int64_t begin) {
         return AskFor(next, format.tile_stride, format.bytes_per_32, column, kPanelColumns, begin,
-                      std::min<int64_t>(begin + kInputBlock, w.in));
+                      std::min<int64_t>(begin + inputs, w.in));
       },
       [&](int64_t begin, int64_t end, int64_t column) {
         if (copy && column == item.column_begin) {

@@ -104,10 +104,7 @@ HWY_NOINLINE void StreamPairs(const ops::LinearArgs& args, const RoundedInputs& 
   const auto* const data = static_cast<const std::byte*>(w.data);
   const auto unit_of = [&](int64_t u) FRAMEQUILT_INLINE { return unit + std::min(u, count - 1); };
   const auto row_of = [&](int64_t r) FRAMEQUILT_INLINE { return row + std::min(r, rows - 1); };
-  // As for integer products: tiles are short, and a hardware prefetcher does not follow.
-  constexpr int64_t kHalfBytes = Format::kBytesPer32 / 2;
-  constexpr int64_t kAhead = 2048 / (kUnits * kTilesPerUnit);
-  constexpr int64_t kSkipped = std::max(1, kUnits * kLanes / kTileRows) - 1;
+  constexpr int64_t kHalfBytes = Format::kBytesPer32 / 2, kAhead = 2048;
   VF sums[kRows * kUnits];
   Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { sums[i] = hn::Zero(df); });
   const uint16_t* x[kRows];
@@ -123,11 +120,9 @@ HWY_NOINLINE void StreamPairs(const ops::LinearArgs& args, const RoundedInputs& 
     Unrolled<kUnits>([&](auto u)
                          FRAMEQUILT_INLINE { zeros[u] = Format::LoadZeros(w, unit_of(u), group); });
     for (int64_t i = begin; i < std::min<int64_t>(end, w.in); i += kHalfInputs) {
-      const int64_t at = i / kHalfInputs * kHalfBytes + kAhead;
-      const std::byte* const next = data + (at < tile_stride ? at : at + kSkipped * tile_stride);
       Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
-        for (int64_t byte = 0; byte < kHalfBytes; byte += 64)
-          PrefetchWords(next, tile_stride, unit_of(u), byte);
+        PrefetchUnit<kUnits, kAhead, kHalfBytes>(UnitWords(data, tile_stride, unit_of(u)),
+                                                 tile_stride, i / kHalfInputs * kHalfBytes);
         VU pairs[kHalfPairs];
         Format::Load(w, tile_stride, unit_of(u), i, zeros[u], pairs);
         Unrolled<kHalfPairs>([&](auto p) FRAMEQUILT_INLINE {

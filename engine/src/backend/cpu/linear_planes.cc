@@ -14,18 +14,15 @@ namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
 #if FRAMEQUILT_HAVE_SIMD
 
-void LinearW6(const ops::LinearArgs& args, ThreadPool& pool) {
-  RunLinearSmall<PlanesFormat<6>>(args, pool);
+template <int kBits>
+void LinearPlanes(const ops::LinearArgs& args, ThreadPool& pool) {
+  if (args.w->offsets != nullptr) return RunLinearSmall<PlanesFormat<kBits, true>>(args, pool);
+  RunLinearSmall<PlanesFormat<kBits, false>>(args, pool);
 }
-void LinearW5(const ops::LinearArgs& args, ThreadPool& pool) {
-  RunLinearSmall<PlanesFormat<5>>(args, pool);
-}
-void LinearW3(const ops::LinearArgs& args, ThreadPool& pool) {
-  RunLinearSmall<PlanesFormat<3>>(args, pool);
-}
-void LinearW2(const ops::LinearArgs& args, ThreadPool& pool) {
-  RunLinearSmall<PlanesFormat<2>>(args, pool);
-}
+void LinearW6(const ops::LinearArgs& args, ThreadPool& pool) { LinearPlanes<6>(args, pool); }
+void LinearW5(const ops::LinearArgs& args, ThreadPool& pool) { LinearPlanes<5>(args, pool); }
+void LinearW3(const ops::LinearArgs& args, ThreadPool& pool) { LinearPlanes<3>(args, pool); }
+void LinearW2(const ops::LinearArgs& args, ThreadPool& pool) { LinearPlanes<2>(args, pool); }
 void LinearW8Offset(const ops::LinearArgs& args, ThreadPool& pool) {
   RunLinearSmall<AffineFormat<8, true>>(args, pool);
 }

@@ -49,12 +49,19 @@ HWY_INLINE VU LoadWords(const std::byte* tiles, int64_t tile_stride, int64_t uni
 
 constexpr int64_t kTilesPerUnit = kLanes == 16 ? 2 : 1;
 
-// Asks for the words of a unit that lie `ahead` bytes on. Harmless past the end of the tensor.
-HWY_INLINE void PrefetchWords(const std::byte* tiles, int64_t tile_stride, int64_t unit,
-                              int64_t ahead) {
-  const int64_t tile = unit * kLanes / kTileRows;
-  for (int64_t t = 0; t < kTilesPerUnit; ++t)
-    hwy::Prefetch(tiles + (tile + t) * tile_stride + ahead);
+// Asks for kBytes of what lies further on in the tiles of a unit, which begin at `words`, than what
+// is read `at` now: kAhead bytes in all tiles of the kUnits that are read side by side. Each is too
+// short for a hardware prefetcher to follow. Behind a tile's end comes the beginning of the one
+// that is read at its place next. Harmless past the end of the tensor.
+template <int kUnits, int64_t kAhead, int64_t kBytes>
+HWY_INLINE void PrefetchUnit(const std::byte* words, int64_t tile_stride, int64_t at) {
+  constexpr int64_t kLine = 64, kSkipped = std::max(1, kUnits * kLanes / kTileRows) - 1;
+  at += kAhead / (kUnits * kTilesPerUnit);
+  if (at >= tile_stride) at += kSkipped * tile_stride;
+  for (int64_t line = 0; line < kBytes; line += kLine) {
+    for (int64_t tile = 0; tile < kTilesPerUnit; ++tile)
+      hwy::Prefetch(words + tile * tile_stride + at + line);
+  }
 }
 
 // The same for any element type, converted to float32 by `load(pointer)`, which returns a vector of
