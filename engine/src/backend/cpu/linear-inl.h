@@ -198,7 +198,6 @@ HWY_NOINLINE void StreamUnits(const ops::LinearArgs& args, int64_t unit, int64_t
   // Inputs between two times that memory is asked ahead.
   constexpr int64_t kStep = Format::kGroups ? 16 : kInputs,
                     kStepBytes = BytesPer32<Format>() * kStep / 32;
-  constexpr int64_t kAhead = kLanes == 16 ? 8192 : 2048;
   const int64_t tile_stride = TileStride<Format>(w);
   const auto* const data = static_cast<const std::byte*>(w.data);
   const auto unit_of = [&](int64_t u) FRAMEQUILT_INLINE { return unit + std::min(u, count - 1); };
@@ -250,7 +249,7 @@ HWY_NOINLINE void StreamUnits(const ops::LinearArgs& args, int64_t unit, int64_t
     for (; i + kStep <= end; i += kStep) {
       if constexpr (Format::kGroups) {
         Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
-          PrefetchUnit<kUnits, kAhead, kStepBytes>(
+          PrefetchUnit<kUnits, kStepBytes>(
               UnitWords(data, tile_stride, unit_of(u)), tile_stride,
               static_cast<int64_t>(static_cast<uint64_t>(i) / kStep) * kStepBytes);
         });

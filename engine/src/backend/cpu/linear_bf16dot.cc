@@ -104,7 +104,7 @@ HWY_NOINLINE void StreamPairs(const ops::LinearArgs& args, const RoundedInputs& 
   const auto* const data = static_cast<const std::byte*>(w.data);
   const auto unit_of = [&](int64_t u) FRAMEQUILT_INLINE { return unit + std::min(u, count - 1); };
   const auto row_of = [&](int64_t r) FRAMEQUILT_INLINE { return row + std::min(r, rows - 1); };
-  constexpr int64_t kHalfBytes = Format::kBytesPer32 / 2, kAhead = 2048;
+  constexpr int64_t kHalfBytes = Format::kBytesPer32 / 2;
   VF sums[kRows * kUnits];
   Unrolled<kRows * kUnits>([&](auto i) FRAMEQUILT_INLINE { sums[i] = hn::Zero(df); });
   const uint16_t* x[kRows];
@@ -121,8 +121,8 @@ HWY_NOINLINE void StreamPairs(const ops::LinearArgs& args, const RoundedInputs& 
                          FRAMEQUILT_INLINE { zeros[u] = Format::LoadZeros(w, unit_of(u), group); });
     for (int64_t i = begin; i < std::min<int64_t>(end, w.in); i += kHalfInputs) {
       Unrolled<kUnits>([&](auto u) FRAMEQUILT_INLINE {
-        PrefetchUnit<kUnits, kAhead, kHalfBytes>(UnitWords(data, tile_stride, unit_of(u)),
-                                                 tile_stride, i / kHalfInputs * kHalfBytes);
+        PrefetchUnit<kUnits, kHalfBytes>(UnitWords(data, tile_stride, unit_of(u)), tile_stride,
+                                         i / kHalfInputs * kHalfBytes);
         VU pairs[kHalfPairs];
         Format::Load(w, tile_stride, unit_of(u), i, zeros[u], pairs);
         Unrolled<kHalfPairs>([&](auto p) FRAMEQUILT_INLINE {

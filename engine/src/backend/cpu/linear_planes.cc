@@ -17,7 +17,7 @@ namespace HWY_NAMESPACE {
 template <int kBits>
 void LinearPlanes(const ops::LinearArgs& args, ThreadPool& pool) {
   if (args.w->offsets != nullptr) return RunLinearSmall<PlanesFormat<kBits, true>>(args, pool);
-  RunLinearSmall<PlanesFormat<kBits, false>>(args, pool);
+  RunLinear<PlanesFormat<kBits, false>>(args, pool);
 }
 void LinearW6(const ops::LinearArgs& args, ThreadPool& pool) { LinearPlanes<6>(args, pool); }
 void LinearW5(const ops::LinearArgs& args, ThreadPool& pool) { LinearPlanes<5>(args, pool); }
