@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -149,19 +148,15 @@ class Statistics:
         """A weight as it is read back. Candidates share most tensors with the one before.
 
         A rounding goes with its weight: kept on, those of a candidate that is done would lie in
-        memory beside the next one's.
+        memory beside the next one's. Where another one has taken its place, its reference is gone
+        before it, and nothing is called.
         """
         last = self._last_rounded.get(key)
         if last is not None and last[0]() is weight:
             return last[1]
-        rounded = fake_quantize(weight, form, range_)
-        self._last_rounded[key] = weakref.ref(weight, partial(self._forget, key)), rounded
+        rounded, roundings = fake_quantize(weight, form, range_), self._last_rounded
+        roundings[key] = weakref.ref(weight, lambda _: roundings.pop(key, None)), rounded
         return rounded
-
-    def _forget(self, key: str, weight: weakref.ref[Tensor]) -> None:
-        """Drops a rounding whose weight is gone, unless another one has taken its place."""
-        if key in self._last_rounded and self._last_rounded[key][0] is weight:
-            del self._last_rounded[key]
 
 
 def _square(x: Tensor, row_weights: Tensor | None) -> float:
