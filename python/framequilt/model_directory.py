@@ -52,6 +52,7 @@ NUMPY_DTYPES: dict[str, Any] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
 }
 
 

@@ -284,6 +284,14 @@ int run(const Options& options) {
     formats.push_back({format, {.bf16 = true}});
     formats.push_back({format, {}});
   }
+  // GGUF's Q4_K and Q6_K.
+  model::WeightFormat k4{.kind = Kind::kAffine, .bits = 4, .group = 32, .scale = DType::kI8};
+  model::WeightFormat k6{.kind = Kind::kAffine, .bits = 6, .group = 16, .scale = DType::kI8};
+  k4.offset = k6.symmetric = true;
+  for (const model::WeightFormat& format : {k4, k6}) {
+    formats.push_back({format, {.bits = 8}});
+    formats.push_back({format, {}});
+  }
   formats.push_back({{.kind = Kind::kBF16}, {.bf16 = true}});
   formats.push_back({{.kind = Kind::kBF16}, {}});
   formats.push_back({{.kind = Kind::kF32}, {}});

@@ -211,11 +211,11 @@ FORMATS = {
     "Q5_0": "w5g32-sym",
     "Q5_1": "w5g32-offset",
     "Q8_0": "w8g32-sym",
-    "Q2_K": "w2g16-offset-f32scale",
-    "Q3_K": "w3g16-sym-f32scale",
-    "Q4_K": "w4g32-offset-f32scale",
-    "Q5_K": "w5g32-offset-f32scale",
-    "Q6_K": "w6g16-sym-f32scale",
+    "Q2_K": "w2g16-offset-i8scale",
+    "Q3_K": "w3g16-sym-i8scale",
+    "Q4_K": "w4g32-offset-i8scale",
+    "Q5_K": "w5g32-offset-i8scale",
+    "Q6_K": "w6g16-sym-i8scale",
 }
 HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 

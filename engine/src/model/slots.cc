@@ -94,11 +94,15 @@ std::vector<TensorInfo> linear_tensors(const std::string& name, int64_t out, int
   }
   // 32 inputs of 8 rows take as many blocks of 32 bytes as a code has bits.
   const int64_t groups = format.group == 0 ? 1 : (in + format.group - 1) / format.group;
+  const int64_t steps = (in + kStepInputs - 1) / kStepInputs;
   std::vector<TensorInfo> result = {
       {name + ".codes", DType::kU8, {tiles, round_up(in, 32) / 32 * format.bits, 8, 4}},
       {name + ".scales", format.scale, {tiles, groups, 8}}};
+  if (format.stepped()) result.push_back({name + ".scale_steps", DType::kF16, {tiles, steps, 8}});
   if (format.offset) {
     result.push_back({name + ".offsets", format.scale, {tiles, groups, 8}});
+    if (format.stepped())
+      result.push_back({name + ".offset_steps", DType::kF16, {tiles, steps, 8}});
   } else if (!format.symmetric) {
     result.push_back({name + ".zeros", DType::kU8, {tiles, groups, 8}});
   }

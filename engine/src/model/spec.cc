@@ -255,7 +255,8 @@ WeightFormat read_format(ObjectReader reader) {
     format.bits = read_int(reader, "bits", 2, 8);
     format.group = read_int(reader, "group", 0, 128);
     format.symmetric = reader.boolean("symmetric");
-    format.scale = reader.choice<DType>("scale", {{"f16", DType::kF16}, {"f32", DType::kF32}});
+    format.scale = reader.choice<DType>(
+        "scale", {{"f16", DType::kF16}, {"f32", DType::kF32}, {"i8", DType::kI8}});
     format.offset = reader.has("offset") && reader.boolean("offset");
     if (!is_affine_bits(format.bits)) {
       reader.errors().add(reader.path_of("bits"),
@@ -267,6 +268,9 @@ WeightFormat read_format(ObjectReader reader) {
     }
     if (format.offset && format.symmetric) {
       reader.errors().add(reader.path_of("offset"), "true, but the format is symmetric");
+    }
+    if (format.stepped() && format.group == 0) {
+      reader.errors().add(reader.path_of("scale"), "i8, but a group is a whole row");
     }
   }
   reader.finish();
@@ -462,6 +466,7 @@ std::string WeightFormat::name() const {
   if (symmetric) text += "-sym";
   if (offset) text += "-offset";
   if (scale == DType::kF32) text += "-f32scale";
+  if (scale == DType::kI8) text += "-i8scale";
   return text;
 }
 
@@ -469,6 +474,13 @@ bool is_affine_bits(int bits) { return (bits >= 2 && bits <= 6) || bits == 8; }
 
 bool is_affine_group(int group) {
   return group == 0 || group == 16 || group == 32 || group == 64 || group == 128;
+}
+
+bool is_affine_format(const WeightFormat& format) {
+  const bool number = format.scale == DType::kF16 || format.scale == DType::kF32;
+  return is_affine_bits(format.bits) && is_affine_group(format.group) &&
+         (number || (format.stepped() && format.group != 0)) &&
+         !(format.offset && format.symmetric);
 }
 
 bool ActivationFormat::fits(const WeightFormat& weights) const {

@@ -132,14 +132,21 @@ struct WeightFormat {
   int bits = 0;   // kAffine: 2, 3, 4, 5, 6 or 8
   int group = 0;  // kAffine: inputs per group (16, 32, 64, 128), 0: one group per output row
   bool symmetric = false;
-  DType scale = DType::kF16;  // kAffine: F16 or F32
-  bool offset = false;        // kAffine, not symmetric: a float offset instead of an integer zero
-  std::string name() const;   // "f32", "bf16", "w4g128", "w4g128-sym", "w8row", "w4g32-offset"
+  // kAffine, of scales and offsets: F16, F32, or I8, which are factors of F16 steps.
+  DType scale = DType::kF16;
+  bool offset = false;       // kAffine, not symmetric: a float offset instead of an integer zero
+  std::string name() const;  // "f32", "bf16", "w4g128", "w4g128-sym", "w8row", "w4g32-offset"
+  bool stepped() const { return kind == Kind::kAffine && scale == DType::kI8; }
   bool operator==(const WeightFormat&) const = default;
 };
+inline constexpr int kStepInputs = 256;  // of a row, share a step
 // What the kernels and readers support; the other kinds are always valid.
 bool is_affine_bits(int bits);
 bool is_affine_group(int group);
+bool is_affine_format(const WeightFormat& format);
+inline constexpr const char* kAffineFormats =
+    "2 to 6 or 8 bits, groups of 16, 32, 64, 128 or 0 (per row), F16 or F32 scales, or I8 with "
+    "groups of 16 to 128; an offset where codes are not symmetric";
 
 // The format of a name, or nothing.
 std::optional<ActivationFormat> parse_activation_format(std::string_view name);

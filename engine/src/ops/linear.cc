@@ -114,7 +114,7 @@ void LinearsAhead::add(const quant::LinearWeights& w) {
   const void* const shifts = w.offsets != nullptr ? w.offsets : w.zeros;
   linears[count++] = {w.data, w.scales, shifts, w.tiles};
   const int numbers = w.groups * quant::kTileRows;
-  const int number = w.format.scale == DType::kF32 ? 4 : 2;
+  const int number = static_cast<int>(dtype_bytes(w.format.scale));
   bytes = w.bytes / w.tiles;
   data_bytes = static_cast<int>(w.data_bytes / w.tiles);
   scale_bytes = w.scales != nullptr ? numbers * number : 0;

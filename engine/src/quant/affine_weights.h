@@ -26,6 +26,7 @@ struct WeightGroup {
   int zero = 0;
   float offset = 0;
 };
+// Not of formats with scales in I8, whose groups depend on each other.
 WeightGroup weight_group(const float* x, int n, const model::WeightFormat& format,
                          AffineRange range);
 int weight_code(float x, WeightGroup group, int bits);
@@ -33,8 +34,9 @@ int weight_code(float x, WeightGroup group, int bits);
 // Owns what `view` points to. Moving keeps the view valid; bias is the caller's.
 struct PackedLinear {
   LinearWeights view;
-  AlignedBuffer<std::byte> data, scales, zeros, offsets;
+  AlignedBuffer<std::byte> data, scales, zeros, offsets, scale_steps, offset_steps;
   size_t data_bytes = 0, scale_bytes = 0, zero_bytes = 0, offset_bytes = 0;
+  size_t step_bytes = 0;  // of each table of steps
 };
 
 // weights [out, in], row-major. `range` matters for asymmetric groups only. Errors: unsupported

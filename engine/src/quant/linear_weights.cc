@@ -2,6 +2,7 @@
 // point into the mapped model file and live as long as it does. Any thread.
 #include "src/quant/linear_weights.h"
 
+#include <bit>
 #include <cstring>
 #include <vector>
 
@@ -93,17 +94,14 @@ Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const 
     }
     case WeightFormat::Kind::kAffine: {
       const WeightFormat& f = spec.format;
-      if (!model::is_affine_bits(f.bits) || !model::is_affine_group(f.group) ||
-          (f.scale != DType::kF16 && f.scale != DType::kF32) || (f.offset && f.symmetric)) {
-        return Error{
-            Code::kUnsupported,
-            "linear '" + name + "' has " + std::to_string(f.bits) + "-bit weights in groups of " +
-                std::to_string(f.group) + " with " + std::string(dtype_name(f.scale)) + " scales",
-            "2 to 6 or 8 bits, groups of 16, 32, 64, 128 or 0 (per row), F16 or F32 scales are "
-            "supported"};
+      if (!model::is_affine_format(f)) {
+        return Error{Code::kUnsupported,
+                     "linear '" + name + "' has " + std::to_string(f.bits) +
+                         "-bit weights in groups of " + std::to_string(f.group) + " with " +
+                         std::string(dtype_name(f.scale)) + " scales",
+                     std::string("supported are ") + model::kAffineFormats};
       }
-      w.group = f.group == 0 ? w.padded_in() : f.group;
-      w.groups = (w.in + w.group - 1) / w.group;
+      w.set_groups();
       FQ_ASSIGN_OR_RETURN(
           const TensorView* codes,
           take(".codes", DType::kU8, {tiles, w.padded_in() / 32 * f.bits, kTileRows, 4}));
@@ -113,10 +111,19 @@ Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const 
       w.data = codes->bytes.data();
       w.data_bytes = std::ssize(codes->bytes);
       w.scales = scales->bytes.data();
+      const std::vector<int64_t> steps = {tiles, w.steps, kTileRows};
+      if (f.stepped()) {
+        FQ_ASSIGN_OR_RETURN(const TensorView* view, take(".scale_steps", DType::kF16, steps));
+        w.scale_steps = view->bytes.data();
+      }
       if (f.offset) {
         FQ_ASSIGN_OR_RETURN(const TensorView* offsets,
                             take(".offsets", f.scale, {tiles, w.groups, kTileRows}));
         w.offsets = offsets->bytes.data();
+        if (f.stepped()) {
+          FQ_ASSIGN_OR_RETURN(const TensorView* view, take(".offset_steps", DType::kF16, steps));
+          w.offset_steps = view->bytes.data();
+        }
       } else if (!f.symmetric) {
         FQ_ASSIGN_OR_RETURN(const TensorView* zeros,
                             take(".zeros", DType::kU8, {tiles, w.groups, kTileRows}));
@@ -135,6 +142,14 @@ Result<LinearWeights> bind_linear(const model::ModelDirectory& directory, const 
     w.bias = view->f32();
   }
   return w;
+}
+
+void LinearWeights::set_groups() {
+  group = format.group == 0 ? padded_in() : format.group;
+  groups = (in + group - 1) / group;
+  if (!format.stepped()) return;
+  steps = (in + model::kStepInputs - 1) / model::kStepInputs;
+  step_shift = std::countr_zero(static_cast<unsigned>(model::kStepInputs / group));
 }
 
 Planes planes_of(int bits) {
@@ -158,33 +173,48 @@ PlaneBit plane_bit(const Plane& plane, int input) {
 
 namespace {
 
-int64_t group_index(const LinearWeights& w, int row, int group) {
-  return (int64_t{row / kTileRows} * w.groups + group) * kTileRows + row % kTileRows;
+// Where `at` of `count` of a row lies in a table [tiles, count, 8].
+int64_t table_index(int row, int64_t count, int64_t at) {
+  return (row / kTileRows * count + at) * kTileRows + row % kTileRows;
 }
 
-float load_scale(const void* table, int64_t index, DType dtype) {
-  if (dtype == DType::kF32) {
-    float value;
-    std::memcpy(&value, static_cast<const std::byte*>(table) + index * 4, sizeof value);
-    return value;
+template <class T>
+T entry(const void* table, int64_t index) {
+  T value;
+  std::memcpy(&value, static_cast<const std::byte*>(table) + index * int64_t{sizeof(T)},
+              sizeof value);
+  return value;
+}
+
+// A number of a group in a table of the scales' type.
+float group_number(const LinearWeights& w, const void* table, const void* steps, int row,
+                   int group) {
+  const int64_t at = table_index(row, w.groups, group);
+  switch (w.format.scale) {
+    case DType::kF32:
+      return entry<float>(table, at);
+    case DType::kI8: {
+      const int64_t step = table_index(row, w.steps, group >> w.step_shift);
+      return static_cast<float>(entry<int8_t>(table, at)) *
+             float_from_half(entry<uint16_t>(steps, step));
+    }
+    default:
+      return float_from_half(entry<uint16_t>(table, at));
   }
-  uint16_t half;
-  std::memcpy(&half, static_cast<const std::byte*>(table) + index * 2, sizeof half);
-  return float_from_half(half);
 }
 
 }  // namespace
 
 float group_scale(const LinearWeights& w, int row, int group) {
-  return load_scale(w.scales, group_index(w, row, group), w.format.scale);
+  return group_number(w, w.scales, w.scale_steps, row, group);
 }
 
 float group_offset(const LinearWeights& w, int row, int group) {
-  return load_scale(w.offsets, group_index(w, row, group), w.format.scale);
+  return group_number(w, w.offsets, w.offset_steps, row, group);
 }
 
 int weight_zero(const LinearWeights& w, int row, int group) {
-  return w.zeros != nullptr ? w.zeros[group_index(w, row, group)] : 1 << (w.format.bits - 1);
+  return w.zeros != nullptr ? w.zeros[table_index(row, w.groups, group)] : 1 << (w.format.bits - 1);
 }
 
 int weight_code_at(const LinearWeights& w, int row, int col) {

@@ -23,11 +23,15 @@ struct LinearWeights {
   int groups = 1;                // kAffine: ceil(in / group)
   int group = 0;                 // kAffine: inputs per group (== padded in when per row)
   const void* data = nullptr;    // codes (U8), BF16 or F32 tiles
-  const void* scales = nullptr;  // kAffine: F16 or F32 [tiles, groups, 8]
+  const void* scales = nullptr;  // kAffine: F16, F32 or I8 [tiles, groups, 8]
   // kAffine, asymmetric: U8 [tiles, groups, 8]. Symmetric: nullptr, zero is 2^(bits-1).
   const uint8_t* zeros = nullptr;
   const void* offsets = nullptr;  // kAffine with offset: of the scales' type, [tiles, groups, 8]
-  const float* bias = nullptr;    // [out] or nullptr
+  // Scales and offsets in I8: F16 [tiles, steps, 8], which they are times.
+  const void *scale_steps = nullptr, *offset_steps = nullptr;
+  int steps = 0;                // ceil(in / model::kStepInputs)
+  int step_shift = 0;           // a step has 1 << step_shift groups
+  const float* bias = nullptr;  // [out] or nullptr
   // [tiles * 8] sums of each row's weights (quant/row_sums.h): what the zeros of asymmetric
   // activations cost. Of the model directory if it has them; else nullptr, or whoever bound this
   // owns them.
@@ -35,6 +39,8 @@ struct LinearWeights {
   int64_t data_bytes = 0;  // of `data`
   int64_t bytes = 0;       // of all stored tensors above but the bias, for reports
 
+  // Sets groups, group and steps of an affine format, from it and `in`.
+  void set_groups();
   int padded_in() const { return (in + kInputPadding - 1) / kInputPadding * kInputPadding; }
 };
 

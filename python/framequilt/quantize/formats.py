@@ -3,8 +3,9 @@
 A weight format is `f32`, `bf16`, or `w<bits><group>`: bits 2, 3, 4, 5, 6 or 8 and a group `g16`,
 `g32`, `g64`, `g128` or `row` (one group per output row); nothing means `g128`. Suffixes: `-sym`
 (symmetric codes) or `-offset` (a float offset per group instead of an integer zero), and
-`-f32scale` (float32 instead of float16 scales and offsets). So `w4` = `w4g128`, and `w8row-sym` is
-the classic per-channel int8.
+`-f32scale` (float32 instead of float16 scales and offsets) or `-i8scale` (int8 ones, times a
+float16 step that 256 inputs of a row share; not with `row`). So `w4` = `w4g128`, `w8row-sym` is the
+classic per-channel int8, and `w4g32-offset-i8scale` holds GGUF's Q4_K.
 
 An activation format is `a16` (float32 inputs, despite its name), `abf16` (inputs rounded to
 bfloat16), `a8`, `a6`, `a4` (symmetric per token), or one of these three with `-asym`.
@@ -24,16 +25,21 @@ TILE_ROWS = 8  # output rows interleaved in one tile
 ROW_PADDING = 16  # output rows are padded to a multiple of this
 INPUT_PADDING = 32  # inputs of a superblock: codes are padded to a multiple of this
 
+ScaleType = Literal["f16", "f32", "i8"]
+
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (0, 16, 32, 64, 128)
-_NAME = re.compile(r"w([234568])(row|g16|g32|g64|g128)?(-sym|-offset)?(-f32scale)?")
+SCALE_TYPES: tuple[ScaleType, ...] = ("f16", "f32", "i8")
+_NAME = re.compile(r"w([234568])(row|g16|g32|g64|g128)?(-sym|-offset)?(-f32scale|-i8scale)?")
 _NAMES = (
     "f32, bf16, or w2, w3, w4, w5, w6, w8, then g16, g32, g64, g128 or row, then -sym or -offset, "
-    "then -f32scale (such as w4g128)"
+    "then -f32scale or -i8scale (such as w4g128)"
 )
 
-DType = Literal["F32", "F16", "BF16", "U8"]
-DTYPE_BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+STEP_INPUTS = 256  # of a row, share a step of int8 scales
+
+DType = Literal["F32", "F16", "BF16", "U8", "I8"]
+DTYPE_BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -69,7 +75,7 @@ class WeightFormat:
     bits: int = 0
     group: int = 0
     symmetric: bool = False
-    scale: Literal["f16", "f32"] = "f16"  # type of scales and offsets
+    scale: ScaleType = "f16"  # type of scales and offsets; i8: factors of float16 steps
     offset: bool = False  # a float offset per group; never with symmetric
 
     @property
@@ -79,12 +85,18 @@ class WeightFormat:
             return self.kind
         text = f"w{self.bits}" + (f"g{self.group}" if self.group else "row")
         text += "-sym" if self.symmetric else "-offset" if self.offset else ""
-        return text + ("-f32scale" if self.scale == "f32" else "")
+        return text + ("" if self.scale == "f16" else f"-{self.scale}scale")
 
     @property
-    def table_dtype(self) -> Literal["F16", "F32"]:
+    def table_dtype(self) -> DType:
         """Stored type of scales and offsets."""
-        return "F16" if self.scale == "f16" else "F32"
+        types: dict[ScaleType, DType] = {"f16": "F16", "f32": "F32", "i8": "I8"}
+        return types[self.scale]
+
+    @property
+    def stepped(self) -> bool:
+        """Whether scales and offsets are int8 factors of steps."""
+        return self.kind == "affine" and self.scale == "i8"
 
     @property
     def neutral(self) -> int:
@@ -144,8 +156,13 @@ class WeightFormat:
             TensorInfo(f"{slot}.codes", "U8", (tiles, blocks, TILE_ROWS, 4)),
             TensorInfo(f"{slot}.scales", self.table_dtype, table),
         ]
+        steps = (tiles, -(-inputs // STEP_INPUTS), TILE_ROWS)
+        if self.stepped:
+            result.append(TensorInfo(f"{slot}.scale_steps", "F16", steps))
         if self.offset:
             result.append(TensorInfo(f"{slot}.offsets", self.table_dtype, table))
+            if self.stepped:
+                result.append(TensorInfo(f"{slot}.offset_steps", "F16", steps))
         elif not self.symmetric:
             result.append(TensorInfo(f"{slot}.zeros", "U8", table))
         return result
@@ -172,7 +189,8 @@ def _known_formats() -> list[WeightFormat]:
         for bits in BITS
         for group in GROUPS
         for symmetric, offset in ((False, False), (True, False), (False, True))
-        for scale in ("f16", "f32")
+        for scale in SCALE_TYPES
+        if group or scale != "i8"
     ]
 
 
@@ -184,14 +202,21 @@ def parse_format(text: str) -> WeightFormat:
     if match is None:
         raise InvalidArgument(f"{text!r} is no weight format", f"known: {_NAMES}")
     group = {"row": 0, None: 128}.get(match[2])
-    return WeightFormat(
+    scales: dict[str | None, ScaleType] = {"-f32scale": "f32", "-i8scale": "i8", None: "f16"}
+    form = WeightFormat(
         "affine",
         bits=int(match[1]),
         group=int(match[2][1:]) if group is None else group,
         symmetric=match[3] == "-sym",
-        scale="f32" if match[4] else "f16",
+        scale=scales[match[4]],
         offset=match[3] == "-offset",
     )
+    if form.stepped and not form.group:
+        raise InvalidArgument(
+            f"{text}: a group of int8 scales is part of {STEP_INPUTS} inputs",
+            "a group of 16, 32, 64 or 128, or float scales",
+        )
+    return form
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framequilt.errors import CorruptModel, InvalidArgument, Unsupported
-from framequilt.quantize.formats import ActivationFormat, WeightFormat
+from framequilt.quantize.formats import (
+    GROUPS,
+    STEP_INPUTS,
+    ActivationFormat,
+    ScaleType,
+    WeightFormat,
+)
 
 Range = Literal["include_zero", "reference"]
-ScaleType = Literal["f16", "f32"]
 RANGES: tuple[Range, ...] = ("include_zero", "reference")
 
 # The least range (asymmetric) or largest magnitude (symmetric) that a group is taken to have.
 RANGE_FLOOR = np.float32(1e-5)
+STEP_LEVELS = 127  # the greatest factor of a step
 _F16_NORMAL = np.float32(2.0**-14)
 
 
@@ -46,17 +52,30 @@ class Quantized:
     bits: int
     group: int  # inputs per group; 0: the whole row
     offsets: NDArray[np.float32] | None = None  # [rows, groups], rounded like the scales
+    # Where scales and offsets are stored as int8: what they are times, [rows, steps].
+    scale_steps: NDArray[np.float32] | None = None
+    offset_steps: NDArray[np.float32] | None = None
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> Quantized:
         """Some of the rows, in another order if `rows` says so."""
-        offsets = None if self.offsets is None else self.offsets[rows]
+
+        def some(table: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+            return None if table is None else table[rows]
+
         return replace(
             self,
             codes=self.codes[rows],
             scales=self.scales[rows],
             zeros=self.zeros[rows],
-            offsets=offsets,
+            offsets=some(self.offsets),
+            scale_steps=some(self.scale_steps),
+            offset_steps=some(self.offset_steps),
         )
+
+
+def per_group(steps: NDArray[np.float32], groups_per_step: int, groups: int) -> NDArray[np.float32]:
+    """Steps [rows, steps] -> the step of each group [rows, groups]."""
+    return np.repeat(steps, groups_per_step, axis=1)[:, :groups]
 
 
 def quantize(
@@ -68,11 +87,13 @@ def quantize(
     scale: ScaleType = "f16",
     offset: bool = False,
     range_: Range = "include_zero",
+    groups_per_step: int | None = None,
 ) -> Quantized:
     """Quantizes rows [rows, inputs] in groups of `group` consecutive inputs.
 
     A last group is shorter where the group does not divide the inputs; group 0 is the whole row.
-    bits is 2..8; `range_` means nothing with `offset`. Errors: InvalidArgument; CorruptModel for
+    bits is 2..8; `range_` means nothing with `offset`. `groups_per_step` is for scales in int8: how
+    many groups share a step, if not those of 256 inputs. Errors: InvalidArgument; CorruptModel for
     values that are not finite; Unsupported for scales that float16 cannot hold.
     """
     if not 2 <= bits <= 8:
@@ -87,28 +108,33 @@ def quantize(
     size = group or max(inputs, 1)
     whole = inputs // size
     count = -(-inputs // size)
-    codes = np.empty((rows, inputs), np.uint8)
-    scales = np.empty((rows, count), np.float32)
-    zeros = np.zeros((rows, count), np.uint8)
-    offsets = np.empty((rows, count), np.float32) if offset else None
+    if scale == "i8" and groups_per_step is None:
+        if group not in GROUPS or not group:
+            raise InvalidArgument(f"scales in int8 with groups of {group}", "16, 32, 64 or 128")
+        groups_per_step = STEP_INPUTS // group
+    share = _Steps(groups_per_step or 1, count)
     split = whole * size
     parts = [(x[:, :split].reshape(rows, whole, size), slice(0, split), slice(0, whole))]
     if count > whole:
         parts.append((x[:, None, split:], slice(split, inputs), slice(whole, count)))
+    low, high = np.empty((rows, count), np.float32), np.empty((rows, count), np.float32)
+    for values, _, owners in parts:
+        low[:, owners], high[:, owners] = _finite_range(values)
+    if offset:
+        table = _offset_parameters(low, high, bits, scale, share)
+    else:
+        table = _parameters(low, high, bits, symmetric, scale, range_, share)
+    codes = np.empty((rows, inputs), np.uint8)
     for values, columns, owners in parts:
-        if offsets is not None:
-            part_scale, part_offset = _offset_parameters(values, bits, scale)
-            steps = np.rint((values - part_offset[..., None]) / part_scale[..., None])
-            offsets[:, owners] = part_offset
+        part = table.scales[:, owners, None]
+        if table.offsets is not None:
+            steps = np.rint((values - table.offsets[:, owners, None]) / part)
         else:
-            part_scale, part_zero = _parameters(values, bits, symmetric, scale, range_)
-            steps = np.rint(values / part_scale[..., None])
-            steps += part_zero[..., None]
-            zeros[:, owners] = part_zero
+            steps = np.rint(values / part)
+            steps += table.zeros[:, owners, None]
         np.clip(steps, 0, 2**bits - 1, out=steps)
         codes[:, columns] = steps.reshape(rows, -1)
-        scales[:, owners] = part_scale
-    return Quantized(codes, scales, zeros, bits, group, offsets)
+    return Quantized(codes, bits=bits, group=group, **vars(table))
 
 
 def quantize_as(
@@ -151,37 +177,81 @@ def _finite_range(
     return low, high
 
 
+@dataclass(frozen=True)
+class _Table:
+    """Parameters of groups: those of `Quantized`."""
+
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.uint8]
+    offsets: NDArray[np.float32] | None = None
+    scale_steps: NDArray[np.float32] | None = None
+    offset_steps: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """How the `count` groups of a row share steps: `share` consecutive ones each."""
+
+    share: int
+    count: int
+
+    def reaching(self, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Steps [rows, steps] that times 127 reach the magnitudes of numbers [rows, groups]."""
+        first = np.arange(0, self.count, self.share)
+        most = np.asarray(np.maximum.reduceat(np.abs(numbers), first, axis=1), np.float32)
+        steps = _stored(most / np.float32(STEP_LEVELS), "f16", up=True)
+        short = steps * np.float32(STEP_LEVELS) < most  # the quotient had been rounded down
+        if short.any():
+            above = np.nextafter(steps[short].astype(np.float16), np.float16(np.inf))
+            steps[short] = above.astype(np.float32)
+        return steps
+
+    def of_groups(self, steps: NDArray[np.float32]) -> NDArray[np.float32]:
+        return per_group(steps, self.share, self.count)
+
+
 def _parameters(
-    values: NDArray[np.float32],
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
     bits: int,
     symmetric: bool,
     scale_type: ScaleType,
     range_: Range,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scale and zero, both [rows, groups] float32, of groups [rows, groups, size]."""
-    low, high = _finite_range(values)
+    share: _Steps,
+) -> _Table:
+    """Scales and zeros of groups with these least and greatest values [rows, groups]."""
     if symmetric:
         span: NDArray[np.float32] = np.maximum(np.maximum(-low, high), RANGE_FLOOR)
-        scale = _stored(span / np.float32(2 ** (bits - 1) - 1), scale_type)
-        return scale, np.full_like(scale, 2 ** (bits - 1))
+        scale, steps = _scales(span / np.float32(2 ** (bits - 1) - 1), scale_type, share)
+        return _Table(scale, np.full(scale.shape, 2 ** (bits - 1), np.uint8), None, steps)
     if range_ == "include_zero":
         low = np.minimum(low, np.float32(0))
         high = np.maximum(high, np.float32(0))
-    steps: NDArray[np.float32] = np.maximum(high - low, RANGE_FLOOR) / np.float32(2**bits - 1)
-    scale = _stored(steps, scale_type)
+    widths: NDArray[np.float32] = np.maximum(high - low, RANGE_FLOOR) / np.float32(2**bits - 1)
+    scale, steps = _scales(widths, scale_type, share)
     zero = np.clip(-np.rint(low / scale), 0, 2**bits - 1)
-    return scale, zero.astype(np.float32)
+    return _Table(scale, zero.astype(np.uint8), None, steps)
 
 
 def _offset_parameters(
-    values: NDArray[np.float32], bits: int, scale_type: ScaleType
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scale and offset, both [rows, groups] float32, of groups [rows, groups, size].
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    bits: int,
+    scale_type: ScaleType,
+    share: _Steps,
+) -> _Table:
+    """Scales and offsets of groups with these least and greatest values [rows, groups].
 
-    A float16 offset is rounded down and its scale up: no value lies outside what they reach.
+    An offset that is not stored as float32 is rounded down and its scale up: no value lies outside
+    what they reach.
     """
-    low, high = _finite_range(values)
-    if scale_type == "f16":
+    offset_steps = None
+    if scale_type == "i8":
+        offset_steps = share.reaching(low)
+        step = share.of_groups(offset_steps)
+        factors = np.divide(low, step, out=np.zeros_like(low), where=step > 0)
+        low = np.floor(factors) * step
+    elif scale_type == "f16":
         with np.errstate(over="ignore"):
             half = low.astype(np.float16)
         above = half.astype(np.float32) > low
@@ -189,8 +259,24 @@ def _offset_parameters(
         if not np.isfinite(half).all():
             raise _too_large(float(low.min()), "an offset")
         low = half.astype(np.float32)
-    steps: NDArray[np.float32] = np.maximum(high - low, RANGE_FLOOR) / np.float32(2**bits - 1)
-    return _stored(steps, scale_type, up=True), low
+    widths: NDArray[np.float32] = np.maximum(high - low, RANGE_FLOOR) / np.float32(2**bits - 1)
+    scale, steps = _scales(widths, scale_type, share, up=True)
+    return _Table(scale, np.zeros(low.shape, np.uint8), low, steps, offset_steps)
+
+
+def _scales(
+    widths: NDArray[np.float32], scale_type: ScaleType, share: _Steps, *, up: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Scales [rows, groups] as their stored type will give them back, and steps if it has them.
+
+    Factors of steps are rounded up: a small group beside large ones must not be clipped.
+    """
+    if scale_type != "i8":
+        return _stored(widths, scale_type, up=up), None
+    steps = share.reaching(widths)
+    step = share.of_groups(steps)
+    factors = np.clip(np.ceil(widths / step), np.float32(1), np.float32(STEP_LEVELS))
+    return factors * step, steps
 
 
 def _too_large(value: float, what: str) -> Unsupported:

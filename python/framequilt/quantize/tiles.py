@@ -22,12 +22,20 @@ from framequilt.errors import CorruptModel, InvalidArgument
 from framequilt.quantize.formats import (
     INPUT_PADDING,
     ROW_PADDING,
+    STEP_INPUTS,
     TILE_ROWS,
     ActivationFormat,
     WeightFormat,
     round_up,
 )
-from framequilt.quantize.rtn import Quantized, Range, dequantize, quantize_as, row_sums
+from framequilt.quantize.rtn import (
+    Quantized,
+    Range,
+    dequantize,
+    per_group,
+    quantize_as,
+    row_sums,
+)
 
 
 def pad_rows(x: NDArray[Any], fill: int = 0) -> NDArray[Any]:
@@ -166,8 +174,8 @@ def pack_rows(
     """Stores rows [rows, inputs] in `form`, to be multiplied with inputs in `activations`.
 
     rows is a multiple of 16, or else the end of a weight, which is padded to one. Returns the
-    tensors by suffix ("codes", "scales", "zeros", "offsets", "row_sums" or "weight"), and the rows
-    as they will be read back.
+    tensors by suffix (those of `WeightFormat.tensors`, and "row_sums"), and the rows as they will
+    be read back.
     """
     if form.kind == "f32":
         return {"weight": pack_f32(pad_rows(x))}, x
@@ -201,10 +209,10 @@ def pack_quantized(
     zeros = pad_rows(coded.zeros, form.neutral)
     result: dict[str, NDArray[Any]] = {
         "codes": pack_codes(pad_rows(coded.codes, form.neutral), zeros, form.bits),
-        "scales": _stored_table(coded.scales, form),
+        **_stored_table("scale", coded.scales, coded.scale_steps, form),
     }
     if offsets is not None:
-        result["offsets"] = _stored_table(offsets, form)
+        result |= _stored_table("offset", offsets, coded.offset_steps, form)
     elif not form.symmetric:
         result["zeros"] = pack_table(zeros)
     elif (coded.zeros != form.neutral).any():
@@ -214,17 +222,41 @@ def pack_quantized(
     return result
 
 
-def _stored_table(table: NDArray[np.float32], form: WeightFormat) -> NDArray[Any]:
-    """Scales or offsets in their stored type, which has to hold them exactly."""
+def _stored_table(
+    kind: str, table: NDArray[np.float32], steps: NDArray[np.float32] | None, form: WeightFormat
+) -> dict[str, NDArray[Any]]:
+    """The tensors of scales or offsets, which have to hold them exactly, by suffix."""
     if not np.isfinite(table).all():
         raise CorruptModel("a scale is not a finite number")
+    result: dict[str, NDArray[Any]] = {}
     with np.errstate(over="ignore"):
-        stored = table.astype(np.float16 if form.scale == "f16" else np.float32)
-    if (stored.astype(np.float32) != table).any():
+        if not form.stepped:
+            stored = table.astype(np.float16 if form.scale == "f16" else np.float32)
+            held = stored.astype(np.float32)
+        else:
+            halves, of_groups = _steps_of(table, steps, form)
+            factors = np.divide(table, of_groups, out=np.zeros_like(table), where=of_groups != 0)
+            stored = np.clip(np.rint(factors), -128, 127).astype(np.int8)
+            held = stored.astype(np.float32) * of_groups
+            result[f"{kind}_steps"] = pack_table(pad_rows(halves))
+    if (held != table).any():
+        what = "int8, times a step," if form.stepped else "float16"
         raise InvalidArgument(
-            f"float16 does not hold these scales: {form.name} is not their format"
+            f"{what} does not hold these {kind}s: {form.name} is not their format"
         )
-    return pack_table(pad_rows(stored))
+    return {f"{kind}s": pack_table(pad_rows(stored)), **result}
+
+
+def _steps_of(
+    table: NDArray[np.float32], steps: NDArray[np.float32] | None, form: WeightFormat
+) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+    """The steps of a table [rows, groups] as they are stored, and those of each group."""
+    share = STEP_INPUTS // form.group
+    shape = (len(table), -(-table.shape[1] // share))
+    if steps is None or steps.shape != shape:
+        raise InvalidArgument(f"codes in the format {form.name} need steps {list(shape)}")
+    halves = steps.astype(np.float16)
+    return halves, per_group(halves.astype(np.float32), share, table.shape[1])
 
 
 def unpack_linear(
@@ -252,12 +284,22 @@ def unpack_quantized(
     form: WeightFormat, out: int, inputs: int, tensor: Callable[[str], NDArray[Any]]
 ) -> Quantized:
     """Codes and parameters of an affine weight [out, inputs], from stored tensors by suffix."""
-    scales = unpack_table(tensor("scales")).astype(np.float32)
+
+    def numbers(kind: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        table = unpack_table(tensor(f"{kind}s")).astype(np.float32)
+        if not form.stepped:
+            return table, None
+        steps = unpack_table(tensor(f"{kind}_steps")).astype(np.float32)
+        return table * per_group(steps, STEP_INPUTS // form.group, table.shape[1]), steps
+
+    scales, scale_steps = numbers("scale")
     zeros = np.full(scales.shape, form.neutral, np.uint8)
-    offsets = None
+    offsets = offset_steps = None
     if form.offset:
-        offsets = unpack_table(tensor("offsets")).astype(np.float32)
+        offsets, offset_steps = numbers("offset")
     elif not form.symmetric:
         zeros = unpack_table(tensor("zeros"))
     codes = unpack_codes(tensor("codes"), form.bits, inputs)
-    return Quantized(codes, scales, zeros, form.bits, form.group, offsets)[:out]
+    return Quantized(
+        codes, scales, zeros, form.bits, form.group, offsets, scale_steps, offset_steps
+    )[:out]

@@ -42,8 +42,6 @@ class CpuBackend : public Backend {
     }
     if (format.kind == Kind::kF32) return kernels_.linear_f32;
     if (format.kind == Kind::kBF16) return kernels_.linear_bf16;
-    if (format.offset && format.bits == 8) return kernels_.linear_offset8;
-    if (format.offset && format.bits == 4) return kernels_.linear_offset4;
     return kernels_.linear_affine[bits];
   }
 

@@ -29,7 +29,7 @@ struct SpanNumbers {
 HWY_INLINE SpanNumbers LoadSpan(const LinearWeights& w, int64_t unit, int64_t group) {
   SpanNumbers n;
   n.scale = LoadScales(w, unit, group);
-  n.shift = w.offsets != nullptr ? LoadNumbers(w, w.offsets, unit, group)
+  n.shift = w.offsets != nullptr ? LoadOffsets(w, unit, group)
                                  : hn::Mul(hn::Neg(LoadZeros(w, unit, group)), n.scale);
   return n;
 }
@@ -343,8 +343,8 @@ HWY_NOINLINE hn::Vec<DTile> TileSums(const LinearWeights& w, const Inputs& input
     if (i < end) add_half(sums);
     const VI both = hn::Add(hn::Add(sums[0], sums[1]), hn::Add(sums[2], sums[3]));
     const auto products = hn::Add(hn::LowerHalf(di, both), hn::UpperHalf(di, both));
-    const auto scale = TileNumbers(w, w.scales, tile, group);
-    const auto shift = w.offsets != nullptr ? TileNumbers(w, w.offsets, tile, group)
+    const auto scale = TileScales(w, tile, group);
+    const auto shift = w.offsets != nullptr ? TileOffsets(w, tile, group)
                                             : hn::Mul(hn::Neg(TileZeros(w, tile, group)), scale);
     sum = hn::MulAdd(scale, hn::ConvertTo(df, products), sum);
     sum = hn::MulAdd(shift, hn::Set(df, inputs.sums[span]), sum);

@@ -10,10 +10,8 @@ namespace fq::backend::cpu {
 
 struct Kernels {
   LinearFn linear_f32 = nullptr, linear_bf16 = nullptr;
-  // Affine weights, by bits. 8 and 4 bits have other kernels for offsets, the rest take both.
-  std::array<LinearFn, 9> linear_affine = {};
-  LinearFn linear_offset8 = nullptr, linear_offset4 = nullptr;
-  std::array<LinearFn, 9> linear_integer = {};  // by bits: quantized inputs
+  std::array<LinearFn, 9> linear_affine = {};   // by bits
+  std::array<LinearFn, 9> linear_integer = {};  // likewise: quantized inputs
   // Inputs in bfloat16, by bits of affine weights, 16: bf16 weights. Empty: the float32 linears,
   // which round inputs first.
   std::array<LinearFn, 17> linear_bf16dot = {};

@@ -84,7 +84,7 @@ struct AffineFormat {
     g.offset = hn::Zero(DF());
     VF zero = g.offset;
     if constexpr (kOffset) {
-      g.offset = LoadNumbers(w, w.offsets, unit, group);
+      g.offset = LoadOffsets(w, unit, group);
     } else {
       zero = LoadZeros(w, unit, group);
     }
@@ -131,7 +131,7 @@ struct PlanesFormat {
     VF zero = hn::Zero(df);
     g.offset = zero;
     if constexpr (kOffset) {
-      g.offset = LoadNumbers(w, w.offsets, unit, group);
+      g.offset = LoadOffsets(w, unit, group);
     } else {
       zero = LoadZeros(w, unit, group);
     }
@@ -395,15 +395,11 @@ void RunLinear(const ops::LinearArgs& args, ThreadPool& pool) {
   RunPanels(args, pool, PanelFormatOf<Format>(*args.w));
 }
 
-// The same for formats that are rarely met: only a single row is streamed.
-template <class Format>
-void RunLinearSmall(const ops::LinearArgs& args, ThreadPool& pool) {
-  if (args.rows == 0) return;
-  if (args.activations.bf16) return RunRounded(args, pool, &RunLinearSmall<Format>);
-  if (args.rows > 1) return RunPanels(args, pool, PanelFormatOf<Format>(*args.w));
-  StreamSteps(args, pool, kStreamStep, [](const ops::LinearArgs& one, int64_t unit, int64_t count) {
-    StreamBlock<Format, 1>(one, unit, count);
-  });
+// Weights with codes, with or without offsets.
+template <template <int, bool> class Format, int kBits>
+void RunCodes(const ops::LinearArgs& args, ThreadPool& pool) {
+  if (args.w->offsets != nullptr) return RunLinear<Format<kBits, true>>(args, pool);
+  RunLinear<Format<kBits, false>>(args, pool);
 }
 
 #endif

@@ -98,10 +98,10 @@ void LinearBF16(const ops::LinearArgs& args, ThreadPool& pool) {
   RunLinear<BF16Format>(args, pool);
 }
 void LinearW8(const ops::LinearArgs& args, ThreadPool& pool) {
-  RunLinear<AffineFormat<8, false>>(args, pool);
+  RunCodes<AffineFormat, 8>(args, pool);
 }
 void LinearW4(const ops::LinearArgs& args, ThreadPool& pool) {
-  RunLinear<AffineFormat<4, false>>(args, pool);
+  RunCodes<AffineFormat, 4>(args, pool);
 }
 
 #else  // one-lane targets: never chosen, see simd_targets()

@@ -39,7 +39,7 @@ HWY_INLINE SpanFactors LoadFactors(const LinearWeights& w, int64_t unit, int64_t
   SpanFactors f{hn::Set(df, 1.0f), hn::Zero(df)};
   if constexpr (Format::kCodes) {
     f.scale = LoadScales(w, unit, group);
-    if (w.offsets != nullptr) f.offset = LoadNumbers(w, w.offsets, unit, group);
+    if (w.offsets != nullptr) f.offset = LoadOffsets(w, unit, group);
   }
   return f;
 }

@@ -81,7 +81,7 @@ inline WeightsAhead AskFor(const LinearWeights& w, int64_t tile_stride, int64_t 
   WeightsAhead ahead(std::clamp<int64_t>(w.tiles - tile, 0, columns / kTileRows));
   if (w.format.kind == model::WeightFormat::Kind::kAffine) {
     const int64_t group = begin / w.group, groups = (end - 1) / w.group + 1 - group;
-    const int64_t size = w.format.scale == DType::kF32 ? sizeof(float) : sizeof(hwy::float16_t);
+    const auto size = static_cast<int64_t>(dtype_bytes(w.format.scale));
     const auto numbers = [&](const void* table, int64_t bytes) {
       if (table == nullptr) return;
       const int64_t stride = w.groups * kTileRows * bytes;

@@ -114,7 +114,7 @@ void similarity(const ops::SimilarityArgs& args, ThreadPool&) { ops::similarity_
 
 Kernels scalar_kernels() {
   Kernels k;
-  k.linear_f32 = k.linear_bf16 = k.linear_offset8 = k.linear_offset4 = linear;
+  k.linear_f32 = k.linear_bf16 = linear;
   k.linear_affine.fill(linear);
   k.linear_integer.fill(linear);
   k.rms_norm = norm<ops::rms_norm_reference>;

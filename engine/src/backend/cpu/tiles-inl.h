@@ -69,67 +69,75 @@ HWY_INLINE void PrefetchUnit(const std::byte* words, int64_t tile_stride, int64_
   }
 }
 
-// The same for any element type, converted to float32 by `load(pointer)`, which returns a vector of
-// at most 8 lanes.
-template <class T, class Load>
-HWY_INLINE VF LoadTileVector(const T* tiles, int64_t tile_stride, int64_t unit, const Load& load) {
-  if constexpr (kLanes == 16) {
-    const DF df;
-    return hn::Combine(df, load(tiles + (2 * unit + 1) * tile_stride),
-                       load(tiles + 2 * unit * tile_stride));
-  } else {
-    constexpr int64_t kUnits = kTileRows / kLanes;
-    return load(tiles + unit / kUnits * tile_stride + unit % kUnits * kLanes);
-  }
-}
 using DTile = hn::CappedTag<float, kTileRows>;
+
+// Numbers of any of their stored types as float32.
+HWY_INLINE hn::Vec<DTile> LoadTile(const float* at) { return hn::LoadU(DTile(), at); }
+HWY_INLINE hn::Vec<DTile> LoadTile(const hwy::float16_t* at) {
+  return hn::PromoteTo(DTile(), hn::LoadU(hn::Rebind<hwy::float16_t, DTile>(), at));
+}
+template <class T>
+HWY_INLINE hn::Vec<DTile> LoadTile(const T* at) {  // int8_t, uint8_t
+  const hn::Rebind<int32_t, DTile> di;
+  return hn::ConvertTo(DTile(), hn::PromoteTo(di, hn::LoadU(hn::Rebind<T, DTile>(), at)));
+}
 
 #if HWY_TARGET == HWY_AVX3_DL
 // The numbers of one group of a tile, in a table of the scales' type, [tiles, groups, 8].
-HWY_INLINE hn::Vec<DTile> TileNumbers(const LinearWeights& w, const void* table, int64_t tile,
-                                      int64_t group) {
+HWY_INLINE hn::Vec<DTile> TileNumbers(const LinearWeights& w, const void* table, const void* steps,
+                                      int64_t tile, int64_t group) {
   const int64_t at = (tile * w.groups + group) * kTileRows;
-  if (w.format.scale == DType::kF32)
-    return hn::LoadU(DTile(), static_cast<const float*>(table) + at);
-  const hn::Rebind<hwy::float16_t, DTile> d16;
-  return hn::PromoteTo(DTile(), hn::LoadU(d16, static_cast<const hwy::float16_t*>(table) + at));
+  if (w.format.scale == DType::kF32) return LoadTile(static_cast<const float*>(table) + at);
+  if (w.format.scale == DType::kF16)
+    return LoadTile(static_cast<const hwy::float16_t*>(table) + at);
+  const int64_t step = (tile * w.steps + (group >> w.step_shift)) * kTileRows;
+  return hn::Mul(LoadTile(static_cast<const int8_t*>(table) + at),
+                 LoadTile(static_cast<const hwy::float16_t*>(steps) + step));
+}
+HWY_INLINE hn::Vec<DTile> TileScales(const LinearWeights& w, int64_t tile, int64_t group) {
+  return TileNumbers(w, w.scales, w.scale_steps, tile, group);
+}
+HWY_INLINE hn::Vec<DTile> TileOffsets(const LinearWeights& w, int64_t tile, int64_t group) {
+  return TileNumbers(w, w.offsets, w.offset_steps, tile, group);
 }
 HWY_INLINE hn::Vec<DTile> TileZeros(const LinearWeights& w, int64_t tile, int64_t group) {
   if (w.zeros == nullptr) return hn::Set(DTile(), static_cast<float>(1 << (w.format.bits - 1)));
-  const hn::Rebind<uint8_t, DTile> d8;
-  const hn::Rebind<int32_t, DTile> di;
-  const auto zeros = hn::LoadU(d8, w.zeros + (tile * w.groups + group) * kTileRows);
-  return hn::ConvertTo(DTile(), hn::PromoteTo(di, zeros));
+  return LoadTile(w.zeros + (tile * w.groups + group) * kTileRows);
 }
 #endif
 
-// A vector of a table of the scales' type, [tiles, groups, 8].
-HWY_INLINE VF LoadNumbers(const LinearWeights& w, const void* table, int64_t unit, int64_t group) {
-  const int64_t stride = int64_t{w.groups} * kTileRows;
-  if (w.format.scale == DType::kF32) {
-    const auto* numbers = static_cast<const float*>(table) + group * kTileRows;
-    return LoadTileVector(numbers, stride, unit,
-                          [](const float* at) FRAMEQUILT_INLINE { return hn::LoadU(DTile(), at); });
+// Entry `at` of the rows of a unit, in a table [tiles, count, 8].
+template <class T>
+HWY_INLINE VF LoadEntries(const void* table, int64_t count, int64_t unit, int64_t at) {
+  const T* const entries = static_cast<const T*>(table) + at * kTileRows;
+  const int64_t stride = count * kTileRows;
+  if constexpr (kLanes == 16) {
+    return hn::Combine(DF(), LoadTile(entries + (2 * unit + 1) * stride),
+                       LoadTile(entries + 2 * unit * stride));
+  } else {
+    constexpr int64_t kUnits = kTileRows / kLanes;
+    return LoadTile(entries + unit / kUnits * stride + unit % kUnits * kLanes);
   }
-  const auto* numbers = static_cast<const hwy::float16_t*>(table) + group * kTileRows;
-  return LoadTileVector(numbers, stride, unit, [](const hwy::float16_t* at) FRAMEQUILT_INLINE {
-    return hn::PromoteTo(DTile(), hn::LoadU(hn::Rebind<hwy::float16_t, DTile>(), at));
-  });
 }
 
+// The numbers of a group, in a table of the scales' type.
+HWY_INLINE VF LoadNumbers(const LinearWeights& w, const void* table, const void* steps,
+                          int64_t unit, int64_t group) {
+  if (w.format.scale == DType::kF32) return LoadEntries<float>(table, w.groups, unit, group);
+  if (w.format.scale == DType::kF16)
+    return LoadEntries<hwy::float16_t>(table, w.groups, unit, group);
+  return hn::Mul(LoadEntries<int8_t>(table, w.groups, unit, group),
+                 LoadEntries<hwy::float16_t>(steps, w.steps, unit, group >> w.step_shift));
+}
 HWY_INLINE VF LoadScales(const LinearWeights& w, int64_t unit, int64_t group) {
-  return LoadNumbers(w, w.scales, unit, group);
+  return LoadNumbers(w, w.scales, w.scale_steps, unit, group);
 }
-
+HWY_INLINE VF LoadOffsets(const LinearWeights& w, int64_t unit, int64_t group) {
+  return LoadNumbers(w, w.offsets, w.offset_steps, unit, group);
+}
 HWY_INLINE VF LoadZeros(const LinearWeights& w, int64_t unit, int64_t group) {
   if (w.zeros == nullptr) return hn::Set(DF(), static_cast<float>(1 << (w.format.bits - 1)));
-  const int64_t stride = int64_t{w.groups} * kTileRows;
-  return LoadTileVector(
-      w.zeros + group * kTileRows, stride, unit, [](const uint8_t* at) FRAMEQUILT_INLINE {
-        const hn::Rebind<int32_t, DTile> di;
-        return hn::ConvertTo(DTile(),
-                             hn::PromoteTo(di, hn::LoadU(hn::Rebind<uint8_t, DTile>(), at)));
-      });
+  return LoadEntries<uint8_t>(w.zeros, w.groups, unit, group);
 }
 
 // --- Codes -----------------------------------------------------------------------------------

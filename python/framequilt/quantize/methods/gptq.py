@@ -121,6 +121,11 @@ def solve(
     """
     inputs = w.shape[1]
     size = group_size(form, inputs)
+    if form.stepped and not act_order:
+        raise InvalidArgument(
+            f"{form.name}: groups that share a step need their scales before the first code",
+            "use act-order, or float scales",
+        )
     dead = h.diagonal() == 0
     w = w.masked_fill(dead, 0)
     order = torch.arange(inputs)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from framequilt.errors import InvalidArgument
-from framequilt.quantize.formats import WeightFormat
+from framequilt.quantize.formats import STEP_INPUTS, WeightFormat
 from framequilt.quantize.rtn import Quantized, Range, quantize
 from framequilt.quantize.tiles import from_bf16, to_bf16
 
@@ -48,6 +49,8 @@ class Grid:
     scales: Tensor
     zeros: Tensor
     offsets: Tensor | None
+    scale_steps: Tensor | None  # of scales in int8
+    offset_steps: Tensor | None
 
     @classmethod
     def of(cls, w: Tensor, form: WeightFormat, range_: Range = "include_zero") -> Grid:
@@ -67,10 +70,13 @@ class Grid:
         found = quantize(
             ends, bits=form.bits, group=2, symmetric=form.symmetric, scale=form.scale,
             offset=form.offset, range_=range_,
+            groups_per_step=STEP_INPUTS // form.group if form.stepped else None,
         )  # fmt: skip
-        offsets = None if found.offsets is None else torch.from_numpy(found.offsets)
         zeros = torch.from_numpy(found.zeros.astype(np.float32))
-        return cls(form, inputs, torch.from_numpy(found.scales), zeros, offsets)
+        return cls(
+            form, inputs, torch.from_numpy(found.scales), zeros,
+            *map(_tensor, (found.offsets, found.scale_steps, found.offset_steps)),
+        )  # fmt: skip
 
     def columns(self, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scale, zero and offset of the inputs first .. stop - 1, [out, stop - first] each."""
@@ -126,8 +132,16 @@ class Grid:
         return Quantized(
             codes.to(torch.uint8).numpy(), self.scales.numpy(),
             self.zeros.to(torch.uint8).numpy(), self.form.bits, self.form.group,
-            None if self.offsets is None else self.offsets.numpy(),
+            *map(_array, (self.offsets, self.scale_steps, self.offset_steps)),
         )  # fmt: skip
+
+
+def _tensor(table: NDArray[np.float32] | None) -> Tensor | None:
+    return None if table is None else torch.from_numpy(table)
+
+
+def _array(table: Tensor | None) -> NDArray[np.float32] | None:
+    return None if table is None else table.numpy()
 
 
 def fake_quantize(w: Tensor, form: WeightFormat, range_: Range = "include_zero") -> Tensor:

@@ -31,6 +31,15 @@ from framequilt.quantize.methods.rescale import RescaledTensor, clip_groups, sca
 from framequilt.quantize.rtn import Quantized, Range, dequantize
 
 JOB_VERSION = 1
+_TABLES = ("scales", "zeros", "offsets", "scale_steps", "offset_steps")  # of `Quantized`
+
+
+def _tables(form: WeightFormat) -> list[str]:
+    """Those that codes of a format have."""
+    tables = ["scales", "zeros"] + ["offsets"] * form.offset
+    if form.stepped:
+        tables += ["scale_steps"] + ["offset_steps"] * form.offset
+    return tables
 
 
 @dataclass
@@ -50,10 +59,10 @@ class LayerResult:
                 arrays[f"{kind}:{name}"] = np.ascontiguousarray(values.numpy())
         for name, coded in self.codes.items():
             arrays[f"codes:{name}"] = np.ascontiguousarray(coded.codes)
-            arrays[f"scales:{name}"] = np.ascontiguousarray(coded.scales)
-            arrays[f"zeros:{name}"] = np.ascontiguousarray(coded.zeros)
-            if coded.offsets is not None:
-                arrays[f"offsets:{name}"] = np.ascontiguousarray(coded.offsets)
+            for table in _TABLES:
+                values = getattr(coded, table)
+                if values is not None:
+                    arrays[f"{table}:{name}"] = np.ascontiguousarray(values)
         return arrays
 
     @classmethod
@@ -70,10 +79,8 @@ class LayerResult:
                 result.clips[name] = torch.from_numpy(values)
             elif kind == "codes":
                 form = formats[name]
-                result.codes[name] = Quantized(
-                    values, arrays[f"scales:{name}"], arrays[f"zeros:{name}"],
-                    form.bits, form.group, arrays.get(f"offsets:{name}"),
-                )  # fmt: skip
+                tables = {table: arrays[f"{table}:{name}"] for table in _tables(form)}
+                result.codes[name] = Quantized(values, bits=form.bits, group=form.group, **tables)
         return result
 
     def rescaled(
@@ -296,11 +303,10 @@ class LayerCodes(CodedTensor):
                     values: NDArray[Any] = opened.get_slice(f"{kind}:{self._linear}")[start:stop]
                     return values
 
-                offsets = rows("offsets") if self.form.offset else None
+                tables = {table: rows(table) for table in _tables(self.form)}
                 return Quantized(
-                    rows("codes"), rows("scales"), rows("zeros"),
-                    self.form.bits, self.form.group, offsets,
-                )  # fmt: skip
+                    rows("codes"), bits=self.form.bits, group=self.form.group, **tables
+                )
         except SafetensorError as error:
             raise CorruptModel(f"{self._file}: {error}", "run the method again") from error
         except OSError as error:
