@@ -12,6 +12,7 @@
 
 #include "hwy/highway.h"
 #include "src/backend/cpu/integer_inputs-inl.h"
+#include "src/backend/cpu/tile_stream-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fq::backend::cpu {
@@ -280,93 +281,22 @@ class StreamTile {
 
 // --- A tile after the other ----------------------------------------------------------------------
 
-// One row, codes of 4 and 8 bits, and vectors that hold two blocks: all weights are one stream of
-// consecutive lines.
-#undef FRAMEQUILT_TILE_STREAM
-#if FRAMEQUILT_DIRECT_DOT && HWY_TARGET == HWY_AVX3_DL
-#define FRAMEQUILT_TILE_STREAM 1
-
-template <int kBits>
-constexpr bool kTileStream = kBits == 4 || kBits == 8;
-
-// The sums of a row of inputs with the 8 rows of a tile. Out of line: with two copies of this loop,
-// for even and odd tiles, tiles of 896 inputs came from memory at four fifths of the rate (Zen 5),
-// presumably because a hardware prefetcher tells streams apart by the instruction that reads them,
-// and each copy saw its stream jump after every tile.
-template <int kBits>
-HWY_NOINLINE hn::Vec<DTile> TileSums(const LinearWeights& w, const Inputs& inputs, int64_t tile) {
-  constexpr int64_t kHalfBytes = SuperblockBytes(kBits) / 2;
-  const DU du;
-  const DTile df;
-  const hn::Rebind<int32_t, DTile> di;
-  const int64_t padded = w.padded_in();
-  const std::byte* at = static_cast<const std::byte*>(w.data) + tile * (padded / 16) * kHalfBytes;
-  const int8_t* x = inputs.codes;
-  // Words of 4 inputs of a half that meet the lanes of two vectors of codes: of 4 bits 0 and 2,
-  // then 1 and 3; of 8 bits 0 and 1, then 2 and 3.
-  constexpr uint32_t kUpper = kBits == 4 ? 2 : 1;
-  const VU lanes = hn::Mul(hn::ShiftRight<3>(hn::Iota(du, 0)), hn::Set(du, kUpper));
-  const auto first = hn::IndicesFromVec(du, lanes);
-  const auto second = hn::IndicesFromVec(du, hn::Add(lanes, hn::Set(du, 3 - kUpper)));
-  const auto add_half = [&](VI* sums) FRAMEQUILT_INLINE {
-    const VU words{_mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
-    VU codes[2];
-    codes[0] = hn::Load(du, reinterpret_cast<const uint32_t*>(at));
-    if constexpr (kBits == 4) {
-      codes[1] = MovedBits<4, 4, 0>(codes[0]);
-      codes[0] = MovedBits<4, 0, 0>(codes[0]);
-    } else {
-      codes[1] = hn::Load(du, reinterpret_cast<const uint32_t*>(at + 64));
-      hwy::Prefetch(at + 64 + kBytesAhead);
-    }
-    hwy::Prefetch(at + kBytesAhead);  // behind the tile's end: of the next one
-    sums[0] = DirectDot(sums[0], codes[0], hn::TableLookupLanes(words, first));
-    sums[1] = DirectDot(sums[1], codes[1], hn::TableLookupLanes(words, second));
-    at += kHalfBytes;
-    x += kHalfInputs;
-  };
-  auto sum = hn::Zero(df);
-  int64_t span = 0, group = 0, group_end = w.group;
-  for (int64_t begin = 0; begin < w.in; begin += inputs.span, ++span) {
-    if (begin == group_end) {
-      ++group;
-      group_end += w.group;
-    }
-    const int64_t end = std::min(begin + inputs.span, padded);
-    VI sums[4];
-    Unrolled<4>([&](auto i) FRAMEQUILT_INLINE { sums[i] = hn::Zero(DI()); });
-    int64_t i = begin;
-    for (; i + 2 * kHalfInputs <= end; i += 2 * kHalfInputs) {
-      add_half(sums);
-      add_half(sums + 2);
-    }
-    if (i < end) add_half(sums);
-    const VI both = hn::Add(hn::Add(sums[0], sums[1]), hn::Add(sums[2], sums[3]));
-    const auto products = hn::Add(hn::LowerHalf(di, both), hn::UpperHalf(di, both));
-    const auto scale = TileScales(w, tile, group);
-    const auto shift = w.offsets != nullptr ? TileOffsets(w, tile, group)
-                                            : hn::Mul(hn::Neg(TileZeros(w, tile, group)), scale);
-    sum = hn::MulAdd(scale, hn::ConvertTo(df, products), sum);
-    sum = hn::MulAdd(shift, hn::Set(df, inputs.sums[span]), sum);
-  }
-  return sum;
-}
+#if FRAMEQUILT_TILE_STREAM
 
 template <int kBits>
 void StreamTiles(const ops::LinearArgs& args, const Inputs& inputs, int64_t unit, int64_t count) {
+  const auto tile_sums = TileSumsFor<kBits>(*args.w);
   VF sums[kStreamStep];
   Unrolled<kStreamStep>([&](auto u) FRAMEQUILT_INLINE { sums[u] = hn::Zero(DF()); });
   for (int64_t u = 0; u < count; ++u) {
     const int64_t tile = (unit + u) * kTilesPerUnit;
-    const auto low = TileSums<kBits>(*args.w, inputs, tile);
-    const auto high = TileSums<kBits>(*args.w, inputs, tile + 1);
+    const auto low = tile_sums(*args.w, inputs, tile);
+    const auto high = tile_sums(*args.w, inputs, tile + 1);
     sums[u] = ScaledSum(args, inputs, 0, tile * kTileRows, hn::Combine(DF(), high, low));
   }
   FinishUnits<kStreamStep>(args, 0, unit, count, sums);
 }
 
-#else
-#define FRAMEQUILT_TILE_STREAM 0
 #endif
 
 // As many units as keep enough sums in flight and fit the registers.
@@ -397,15 +327,13 @@ void IntegerStream(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool
                    : args.rows <= 4 ? &IntegerStreamRows<kBits, 4>
                                     : &IntegerStreamRows<kBits, kMost>;
 #if FRAMEQUILT_TILE_STREAM
-  const int64_t at_once = kTileStream<kBits> && args.rows == 1 ? 1 : kStreamStep;
+  const int64_t at_once = args.rows == 1 ? 1 : kStreamStep;
 #else
   constexpr int64_t at_once = kStreamStep;
 #endif
   StreamSteps(args, pool, at_once, [&](const ops::LinearArgs& one, int64_t unit, int64_t count) {
 #if FRAMEQUILT_TILE_STREAM
-    if constexpr (kTileStream<kBits>) {
-      if (one.rows == 1) return StreamTiles<kBits>(one, inputs, unit, count);
-    }
+    if (one.rows == 1) return StreamTiles<kBits>(one, inputs, unit, count);
 #endif
     for (int64_t row = 0; row < one.rows; row += kMost)
       run(one, inputs, row, std::min<int64_t>(kMost, one.rows - row), unit, count);

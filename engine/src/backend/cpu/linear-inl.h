@@ -66,32 +66,56 @@ struct BF16Format {
   }
 };
 
+// What makes a weight of a code: (code - zero) * scale, or code * scale + offset, product and sum
+// each rounded. Products are exact where their factors have at most 24 bits together; then the sum
+// is one fused multiply-add.
+enum class Offsets : uint8_t { kNone, kFused, kApart };
+
+inline bool ExactProducts(const model::WeightFormat& format) {
+  constexpr int kHalf = 11,
+                kFactor = 7;  // bits of a float16 number, and of an int8 one's magnitude
+  return format.scale == DType::kF16 || (format.stepped() && kHalf + kFactor + format.bits <= 24);
+}
+
+// What makes weights of the codes of a group, which lie at multiples of kDistance bits, at kPlaces.
+template <int kPlaces, int kDistance, Offsets kOffsets>
+struct CodeGroup {
+  VF scale;
+  VF minus[kPlaces];  // the zero, for CodeMinusZero
+  VF offset;
+
+  static HWY_INLINE CodeGroup Load(const LinearWeights& w, int64_t unit, int64_t group) {
+    CodeGroup g;
+    g.scale = LoadScales(w, unit, group);
+    if constexpr (kOffsets == Offsets::kNone) {
+      const VF zero = LoadZeros(w, unit, group);
+      Unrolled<kPlaces>([&](auto i) FRAMEQUILT_INLINE {
+        g.minus[i] = hn::Add(zero, hn::Set(DF(), CodeBase(i * kDistance)));
+      });
+    } else {
+      g.offset = LoadOffsets(w, unit, group);
+    }
+    return g;
+  }
+  template <int kBits, int kShift>
+  HWY_INLINE VF Weight(VU word) const {
+    if constexpr (kOffsets == Offsets::kNone)
+      return hn::Mul(CodeMinusZero<kBits, kShift>(word, minus[kShift / kDistance]), scale);
+    const VF code = CodeMinusZero<kBits, kShift>(word, hn::Set(DF(), CodeBase(kShift)));
+    return kOffsets == Offsets::kFused ? hn::MulAdd(code, scale, offset)
+                                       : hn::Add(hn::Mul(code, scale), offset);
+  }
+};
+
 // 8 and 4 bits: one plane, whose bits become floats where they lie.
-template <int kBits, bool kOffset>
+template <int kBits, Offsets kOffsets>
 struct AffineFormat {
   static constexpr int kInputs = 32 / kBits;
   static constexpr int64_t kBytesPer32 = SuperblockBytes(kBits);
   static constexpr bool kGroups = true;
-  static constexpr int kPlaces = 16 / kBits;  // codes of a half word
-  struct Group {
-    VF scale;
-    VF minus[kPlaces];
-    VF offset;
-  };
+  using Group = CodeGroup<16 / kBits, kBits, kOffsets>;
   static HWY_INLINE Group LoadGroup(const LinearWeights& w, int64_t unit, int64_t group) {
-    Group g;
-    g.scale = LoadScales(w, unit, group);
-    g.offset = hn::Zero(DF());
-    VF zero = g.offset;
-    if constexpr (kOffset) {
-      g.offset = LoadOffsets(w, unit, group);
-    } else {
-      zero = LoadZeros(w, unit, group);
-    }
-    Unrolled<kPlaces>([&](auto i) FRAMEQUILT_INLINE {
-      g.minus[i] = hn::Add(zero, hn::Set(DF(), static_cast<float>(1 << (23 - i * kBits))));
-    });
-    return g;
+    return Group::Load(w, unit, group);
   }
   struct Block {
     VU halves[2];  // codes at bits 0..15
@@ -106,39 +130,19 @@ struct AffineFormat {
   template <int kInput>
   static HWY_INLINE VF Weight(const Block& b, const Group& g) {
     constexpr int kBit = kInput % 4 * 8 + kInput / 4 * 4;
-    constexpr int kShift = kBit % 16;
-    const VF code = CodeMinusZero<kBits, kShift>(b.halves[kBit / 16], g.minus[kShift / kBits]);
-    const VF weight = hn::Mul(code, g.scale);
-    return kOffset ? hn::Add(weight, g.offset) : weight;
+    return g.template Weight<kBits, kBit % 16>(b.halves[kBit / 16]);
   }
 };
 
 // Widths of two planes, and of 2 bits: codes are put together as bytes first.
-template <int kBits, bool kOffset>
+template <int kBits, Offsets kOffsets>
 struct PlanesFormat {
   static constexpr int kInputs = kHalfInputs;
   static constexpr int64_t kBytesPer32 = SuperblockBytes(kBits);
   static constexpr bool kGroups = true;
-  struct Group {
-    VF scale;
-    VF minus[2];
-    VF offset;  // without one: -0, which changes nothing
-  };
+  using Group = CodeGroup<2, 8, kOffsets>;
   static HWY_INLINE Group LoadGroup(const LinearWeights& w, int64_t unit, int64_t group) {
-    const DF df;
-    Group g;
-    g.scale = LoadScales(w, unit, group);
-    VF zero = hn::Zero(df);
-    g.offset = zero;
-    if constexpr (kOffset) {
-      g.offset = LoadOffsets(w, unit, group);
-    } else {
-      zero = LoadZeros(w, unit, group);
-    }
-    Unrolled<2>([&](auto i) FRAMEQUILT_INLINE {
-      g.minus[i] = hn::Add(zero, hn::Set(df, CodeBase(i * 8)));
-    });
-    return g;
+    return Group::Load(w, unit, group);
   }
   struct Block {
     VU words[kHalfWords];
@@ -152,12 +156,9 @@ struct PlanesFormat {
   }
   template <int kInput>
   static HWY_INLINE VF Weight(const Block& b, const Group& g) {
-    constexpr int kShift = kInput % 2 * 8;
-    const VF code = CodeMinusZero<8, kShift>(
-        kInput / 2 % 2 == 0 ? b.words[kInput / 4] : hn::ShiftRight<16>(b.words[kInput / 4]),
-        g.minus[kInput % 2]);
-    const VF weight = hn::Mul(code, g.scale);
-    return kOffset ? hn::Add(weight, g.offset) : weight;
+    const VU word = b.words[kInput / 4];
+    return g.template Weight<8, kInput % 2 * 8>(kInput / 2 % 2 == 0 ? word
+                                                                    : hn::ShiftRight<16>(word));
   }
 };
 
@@ -395,11 +396,20 @@ void RunLinear(const ops::LinearArgs& args, ThreadPool& pool) {
   RunPanels(args, pool, PanelFormatOf<Format>(*args.w));
 }
 
-// Weights with codes, with or without offsets.
-template <template <int, bool> class Format, int kBits>
+// Through panels only: for what is rarely met.
+template <class Format>
+void RunUnpacked(const ops::LinearArgs& args, ThreadPool& pool) {
+  if (args.rows == 0) return;
+  if (args.activations.bf16) return RunRounded(args, pool, &RunUnpacked<Format>);
+  RunPanels(args, pool, PanelFormatOf<Format>(*args.w));
+}
+
+// Weights with codes.
+template <template <int, Offsets> class Format, int kBits>
 void RunCodes(const ops::LinearArgs& args, ThreadPool& pool) {
-  if (args.w->offsets != nullptr) return RunLinear<Format<kBits, true>>(args, pool);
-  RunLinear<Format<kBits, false>>(args, pool);
+  if (args.w->offsets == nullptr) return RunLinear<Format<kBits, Offsets::kNone>>(args, pool);
+  if (ExactProducts(args.w->format)) return RunLinear<Format<kBits, Offsets::kFused>>(args, pool);
+  RunUnpacked<Format<kBits, Offsets::kApart>>(args, pool);
 }
 
 #endif

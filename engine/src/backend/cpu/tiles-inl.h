@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <type_traits>
 
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
@@ -71,40 +72,21 @@ HWY_INLINE void PrefetchUnit(const std::byte* words, int64_t tile_stride, int64_
 
 using DTile = hn::CappedTag<float, kTileRows>;
 
-// Numbers of any of their stored types as float32.
-HWY_INLINE hn::Vec<DTile> LoadTile(const float* at) { return hn::LoadU(DTile(), at); }
-HWY_INLINE hn::Vec<DTile> LoadTile(const hwy::float16_t* at) {
-  return hn::PromoteTo(DTile(), hn::LoadU(hn::Rebind<hwy::float16_t, DTile>(), at));
+// Numbers of any of the types of tables as float32: float, float16_t, int8_t, uint8_t.
+template <class T, class D>
+HWY_INLINE hn::Vec<D> ToFloats(D d, hn::Vec<hn::Rebind<T, D>> numbers) {
+  if constexpr (std::is_same_v<T, float>) {
+    return numbers;
+  } else if constexpr (std::is_same_v<T, hwy::float16_t>) {
+    return hn::PromoteTo(d, numbers);
+  } else {
+    return hn::ConvertTo(d, hn::PromoteTo(hn::Rebind<int32_t, D>(), numbers));
+  }
 }
-template <class T>
-HWY_INLINE hn::Vec<DTile> LoadTile(const T* at) {  // int8_t, uint8_t
-  const hn::Rebind<int32_t, DTile> di;
-  return hn::ConvertTo(DTile(), hn::PromoteTo(di, hn::LoadU(hn::Rebind<T, DTile>(), at)));
+template <class T, class D>
+HWY_INLINE hn::Vec<D> LoadFloats(D d, const T* at) {
+  return ToFloats<T>(d, hn::LoadU(hn::Rebind<T, D>(), at));
 }
-
-#if HWY_TARGET == HWY_AVX3_DL
-// The numbers of one group of a tile, in a table of the scales' type, [tiles, groups, 8].
-HWY_INLINE hn::Vec<DTile> TileNumbers(const LinearWeights& w, const void* table, const void* steps,
-                                      int64_t tile, int64_t group) {
-  const int64_t at = (tile * w.groups + group) * kTileRows;
-  if (w.format.scale == DType::kF32) return LoadTile(static_cast<const float*>(table) + at);
-  if (w.format.scale == DType::kF16)
-    return LoadTile(static_cast<const hwy::float16_t*>(table) + at);
-  const int64_t step = (tile * w.steps + (group >> w.step_shift)) * kTileRows;
-  return hn::Mul(LoadTile(static_cast<const int8_t*>(table) + at),
-                 LoadTile(static_cast<const hwy::float16_t*>(steps) + step));
-}
-HWY_INLINE hn::Vec<DTile> TileScales(const LinearWeights& w, int64_t tile, int64_t group) {
-  return TileNumbers(w, w.scales, w.scale_steps, tile, group);
-}
-HWY_INLINE hn::Vec<DTile> TileOffsets(const LinearWeights& w, int64_t tile, int64_t group) {
-  return TileNumbers(w, w.offsets, w.offset_steps, tile, group);
-}
-HWY_INLINE hn::Vec<DTile> TileZeros(const LinearWeights& w, int64_t tile, int64_t group) {
-  if (w.zeros == nullptr) return hn::Set(DTile(), static_cast<float>(1 << (w.format.bits - 1)));
-  return LoadTile(w.zeros + (tile * w.groups + group) * kTileRows);
-}
-#endif
 
 // Entry `at` of the rows of a unit, in a table [tiles, count, 8].
 template <class T>
@@ -112,11 +94,13 @@ HWY_INLINE VF LoadEntries(const void* table, int64_t count, int64_t unit, int64_
   const T* const entries = static_cast<const T*>(table) + at * kTileRows;
   const int64_t stride = count * kTileRows;
   if constexpr (kLanes == 16) {
-    return hn::Combine(DF(), LoadTile(entries + (2 * unit + 1) * stride),
-                       LoadTile(entries + 2 * unit * stride));
+    const hn::Rebind<T, DTile> half;
+    const T* const low = entries + 2 * unit * stride;
+    return ToFloats<T>(DF(), hn::Combine(hn::Rebind<T, DF>(), hn::LoadU(half, low + stride),
+                                         hn::LoadU(half, low)));
   } else {
     constexpr int64_t kUnits = kTileRows / kLanes;
-    return LoadTile(entries + unit / kUnits * stride + unit % kUnits * kLanes);
+    return LoadFloats(DTile(), entries + unit / kUnits * stride + unit % kUnits * kLanes);
   }
 }
 
