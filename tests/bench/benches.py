@@ -208,6 +208,49 @@ def batch(p: Programs, name: str, tokens: int, count: int = 8) -> Bench:
     return bench
 
 
+def imported(p: Programs, name: str, kind: str, tokens: int) -> list[Bench]:
+    """A GGUF file as it comes, its codes kept, against llama.cpp with the same file."""
+    what = f"{SIZES[name]}, GGUF {kind.upper()} as it comes"
+    llama = f"llama.cpp {kind}"
+
+    def bench(work: str, title: str, factor: float, peer: Callable[[], Runner]) -> Bench:
+        target = Target("against llama.cpp with the same file", (f"{kind} a8",), (llama,), factor)
+        made = Bench(f"import-{work}-{name}-{kind}", f"{title}, {what}", "tok/s", [target])
+        for activations in ("a8", "a16"):
+            options: dict[str, object] = {"prompt": 512, "activations": activations, "kv": "kv16"}
+            less: dict[str, object] = {"prompt": 32}
+            of_work = 480
+            if work != "prefill":
+                count = 8 if work == "batch8" else 1
+                options |= {"prompt": 128, "tokens": tokens, "batch": count}
+                less = {"tokens": tokens // 4}
+                of_work = count * (tokens - tokens // 4)
+            options |= {"less": less, "work": of_work}
+            mode = "prefill" if work == "prefill" else "decode"
+            made.add(
+                "ours",
+                lambda a=activations, m=mode, o=options: p.engine(
+                    f"{kind} {a}", p.imported(name, kind), m, **o
+                ),
+            )
+        made.add("peer", peer)
+        return made
+
+    def single(few: dict[str, object], work: float, **options: object) -> Callable[[], Runner]:
+        return lambda: p.llama_bench(llama, p.gguf(name, kind), few, work, **options)
+
+    def eight() -> Runner:
+        return p.llama_batch(llama, p.gguf(name, kind), 128, tokens, tokens // 4, 8)
+
+    rest = tokens - tokens // 4
+    return [
+        bench("prefill", "prefill 512", 2.5, single({"p": 32}, 480, p=512, n=0)),
+        bench("decode", "decode, batch 1", 1.2,
+              single({"n": tokens // 4}, rest, p=0, n=tokens, d=128)),
+        bench("batch8", "decode, batch 8", 2.0, eight),
+    ]  # fmt: skip
+
+
 def context(p: Programs, name: str, depth: int, tokens: int) -> Bench:
     """One sequence deep in a long context, for each type of KV cache."""
     kv_types = {"kv16": "f16", "kv8": "q8_0", "kv4": "q4_0"}
@@ -381,9 +424,11 @@ def all_benches(p: Programs, quick: bool, activations: str) -> list[Bench]:
     result += [decode(p, name, "w4g128", 64) for name in ("qwen2-0.5b", "smollm2-135m")]
     result += [decode(p, "qwen2-0.5b", "w8g128", 64)]
     result += [batch(p, name, 48) for name in ("qwen2-0.5b", "smollm2-135m")]
+    result += imported(p, "smollm2-135m", "q4_1", 48)
     result += [context(p, "qwen2-0.5b", 1024 if quick else 4096, 32), tower(p)]
     if not quick:
         result += [decode(p, "qwen2-7b", "w4g128", 16), load(p), batch(p, "qwen2-7b-4l", 48)]
+        result += imported(p, "qwen2-7b-4l", "q4_k_m", 48)
         result += [fusion(p, 64, activations), *video(p, activations)]
     return result
 

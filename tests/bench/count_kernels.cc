@@ -164,6 +164,9 @@ std::vector<Case> cases() {
   const model::WeightFormat w4{.kind = Kind::kAffine, .bits = 4, .group = 128};
   const model::WeightFormat w8{.kind = Kind::kAffine, .bits = 8, .group = 128};
   const model::WeightFormat bf16{.kind = Kind::kBF16};
+  // GGUF's Q4_K.
+  const model::WeightFormat k4{
+      .kind = Kind::kAffine, .bits = 4, .group = 32, .scale = DType::kI8, .offset = true};
   const model::ActivationFormat a8{.bits = 8}, a8_asym{.bits = 8, .symmetric = false};
   return {{"linear w4g128 rows 1", [=](Bench& b) { b.linear(w4, 1); }},
           {"linear w4g128 rows 64", [=](Bench& b) { b.linear(w4, 64); }},
@@ -174,6 +177,8 @@ std::vector<Case> cases() {
           {"linear w4g128 a8 rows 64", [=](Bench& b) { b.linear(w4, 64, a8); }},
           {"linear w4g128 a8-asym rows 64", [=](Bench& b) { b.linear(w4, 64, a8_asym); }},
           {"linear w8g128 a8 rows 64", [=](Bench& b) { b.linear(w8, 64, a8); }},
+          {"linear w4g32-offset-i8scale rows 1", [=](Bench& b) { b.linear(k4, 1); }},
+          {"linear w4g32-offset-i8scale a8 rows 1", [=](Bench& b) { b.linear(k4, 1, a8); }},
           {"linear bf16 rows 1", [=](Bench& b) { b.linear(bf16, 1); }},
           {"attention kv16 rows 1 length 512", [](Bench& b) { b.attention(16, 1, 512, false); }},
           {"attention kv8 rows 1 length 512", [](Bench& b) { b.attention(8, 1, 512, false); }},

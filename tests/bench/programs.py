@@ -115,6 +115,18 @@ class Programs:
         command = [tool, "--allow-requantize", self._smollm2()]
         return self._made(path, lambda to: run([*command, to, kind.upper(), "2"], {}))
 
+    def imported(self, name: str, kind: str) -> Path:
+        """A GGUF file in our format, its codes as they are."""
+
+        def make(to: Path) -> None:
+            from framequilt.convert import convert
+
+            # The published file has a tokenizer, random ones have not.
+            tokenizer = None if name == "smollm2-135m" else self.hf(name)
+            convert(self.gguf(name, kind), to, kv="kv16", tokenizer=tokenizer)
+
+        return self._made(self.models / f"{name}-{kind}-imported", make)
+
     def mmproj(self, kind: str) -> Path:
         """llama.cpp's tower, for SmolLM2, whose file has the vocabulary that its program needs."""
         width = str(DECODERS["smollm2-135m"].hidden)

@@ -227,6 +227,7 @@ def test_effective_bits_count_codes_scales_and_zeros(llama: Path, tmp_path: Path
         ("w4g16", 4 + (16 + 8) / 16),
         ("w3g32-sym", 3 + 16 / 32),
         ("w2g16-offset-f32scale", 2 + 64 / 16),
+        ("w4g32-offset-i8scale", 4 + 16 / 32 + 32 / 64),  # a step of 64 inputs instead of 256
         ("w6row", 6 + 24 / 64),
     ]:
         report = convert(llama, tmp_path / "model", weights=weights, dry_run=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch")
 
 from framequilt.errors import InvalidArgument
-from framequilt.quantize import dequantize, parse_format, quantize_as
+from framequilt.quantize import dequantize, pack_quantized, parse_format, quantize_as, unpack_linear
 from framequilt.quantize.methods import gptq
 from framequilt.quantize.methods.grids import Grid, fake_quantize
 
@@ -109,6 +109,20 @@ def test_offsets_are_solved_too() -> None:
         assert gptq.output_error(w, solved.values, h) < plain
 
 
+def test_groups_that_share_a_step_are_solved_in_act_order() -> None:
+    w, x = problem(16, 296, 400)
+    moments = gptq.Moments(296)
+    moments.add(x)
+    form, h = parse_format("w3g32-offset-i8scale"), moments.matrix()
+    solved = gptq.solve(w, h, form)
+    packed = pack_quantized(solved.quantized, form)
+    stored = unpack_linear(form, 16, 296, lambda suffix: packed[suffix])
+    assert np.array_equal(stored, solved.values.numpy())
+    assert gptq.output_error(w, solved.values, h) < gptq.output_error(w, fake_quantize(w, form), h)
+    with pytest.raises(InvalidArgument, match="share a step"):
+        gptq.solve(w, h, form, act_order=False)
+
+
 @pytest.mark.parametrize("name", ["w4g32", "w3g32", "w2g32", "w8g32"])
 def test_the_output_error_is_below_plain_rounding(name: str) -> None:
     w, x = problem(32, 96, 600, seed=1)
@@ -152,13 +166,22 @@ def test_too_few_rows_are_solved_with_more_damping_and_said_so() -> None:
         gptq.Moments(4).matrix()
 
 
-FORMATS = ["w8row-sym", "w4g32", "w3g16-sym", "w2g64", "w5g32-offset", "w6g128-f32scale"]
+FORMATS = [
+    "w8row-sym",
+    "w4g32",
+    "w3g16-sym",
+    "w2g64",
+    "w5g32-offset",
+    "w6g128-f32scale",
+    "w3g32-i8scale",
+    "w4g16-offset-i8scale",
+]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_torch_quantizer_is_the_numpy_quantizer(name: str) -> None:
     rng = np.random.default_rng(4)
-    w = (rng.standard_normal((40, 72)) * np.exp(rng.standard_normal((40, 1)))).astype(np.float32)
+    w = (rng.standard_normal((40, 296)) * np.exp(rng.standard_normal((40, 1)))).astype(np.float32)
     w[0], w[1], w[2] = 0, np.abs(w[1]) + 1, -np.abs(w[2])
     form = parse_format(name)
     expected = quantize_as(w, form)

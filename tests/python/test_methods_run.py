@@ -197,6 +197,21 @@ def test_one_layer_is_in_memory_at_a_time_and_rows_go_to_a_file(
     assert layer_files(result) == layer_files(in_memory)
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_scales_in_steps_survive_an_interruption(llama: Path, tmp_path: Path, method: str) -> None:
+    """What lies in the work folder makes the same directory as what was in memory."""
+    made = []
+    for folder in ("a", "b"):
+        calibration = Calibration(
+            method, lambda checkpoint, codec: text_of(), options=SMALL, work=tmp_path / "w"
+        )
+        convert(llama, tmp_path / folder, weights="w3g16-offset-i8scale", method=calibration)
+        made.append(ModelDirectory(tmp_path / folder))
+    slot = "decoder.layers.1.mlp.down"
+    assert made[0].format_of(slot).name == "w3g16-offset-i8scale"
+    assert np.array_equal(made[0].linear(slot), made[1].linear(slot))
+
+
 @pytest.mark.parametrize("method", ["awq", "gptq", "smoothquant"])
 def test_rows_of_pictures_count_as_asked_in_the_decoder_alone(
     method: str, video: Path, tmp_path: Path

@@ -44,7 +44,8 @@ FORMATS = [WeightFormat("f32"), WeightFormat("bf16")] + [
     for bits in BITS
     for group in GROUPS
     for symmetric, offset in ((False, False), (True, False), (False, True))
-    for scale in ("f16", "f32")
+    for scale in ("f16", "f32", "i8")
+    if group or scale != "i8"
 ]
 
 
@@ -256,12 +257,63 @@ def test_what_cannot_be_quantized_is_refused() -> None:
             quantize(x, bits=bits, group=32)
 
 
+STEPPED = [form for form in FORMATS if form.stepped]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    form=st.sampled_from(STEPPED),
+    seed=st.integers(0, 2**32 - 1),
+    inputs=st.integers(1, 700),
+    exponent=st.integers(-16, 12),
+    spread=st.integers(0, 12),
+    shift=st.floats(-3, 3),
+)
+def test_with_steps_no_weight_is_off_by_more_than_half_its_scale(
+    form: WeightFormat, seed: int, inputs: int, exponent: int, spread: int, shift: float
+) -> None:
+    """Groups of very different sizes share a step. Scales are rounded up and offsets down, so that
+    every value is within reach; factors are integers of at most 127, and no larger than needed: one
+    less would not reach the group's own range (an offset may have added one step of offsets)."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((3, inputs)) + shift
+    owner = np.arange(inputs) // form.group
+    groups = int(owner[-1]) + 1
+    x *= 2.0 ** (exponent - generator.integers(0, spread + 1, (3, groups)))[:, owner]
+    x = x.astype(np.float32)
+    made = quantize_as(x, form)
+    step = made.scales[:, owner].astype(np.float64)
+    size = step * (2**form.bits - 1)
+    if made.offsets is not None:
+        size += np.abs(made.offsets[:, owner])
+    back = dequantize(made)
+    assert (np.abs(back - x.astype(np.float64)) <= step * 0.5 + size * 2.0**-21).all()
+
+    share, count = 256 // form.group, -(-inputs // 256)
+    of_group = np.arange(groups) // share
+    assert made.scale_steps is not None and made.scale_steps.shape == (3, count)
+    factors = made.scales / made.scale_steps[:, of_group]
+    assert (factors == np.rint(factors)).all() and factors.min() >= 1 and factors.max() <= 127
+    low, high = (
+        np.stack([f(x[:, owner == g], 1) for g in range(groups)], 1) for f in (np.min, np.max)
+    )
+    if form.symmetric:
+        width = 2 * np.maximum(-low, high) * (2**form.bits - 1) / (2**form.bits - 2)
+    elif form.offset:
+        assert made.offset_steps is not None
+        width = high - low + made.offset_steps[:, of_group]
+    else:
+        width = np.maximum(high, 0) - np.minimum(low, 0)
+    needed = np.maximum(width, 1e-5) * (1 + 2.0**-20) / (2**form.bits - 1)
+    assert (made.scales <= needed + made.scale_steps[:, of_group]).all()
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     form=st.sampled_from(FORMATS),
     seed=st.integers(0, 2**32 - 1),
     out=st.integers(1, 40),
-    inputs=st.integers(1, 200),
+    inputs=st.integers(1, 300),
 )
 def test_packing_loses_nothing(form: WeightFormat, seed: int, out: int, inputs: int) -> None:
     x = weights(seed, out, inputs)
@@ -275,7 +327,7 @@ def test_packing_loses_nothing(form: WeightFormat, seed: int, out: int, inputs: 
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
-@pytest.mark.parametrize("out, inputs", [(1, 1), (16, 64), (21, 75), (40, 129)])
+@pytest.mark.parametrize("out, inputs", [(1, 1), (16, 64), (21, 75), (9, 300)])
 def test_bytes_lie_where_the_contract_says(form: WeightFormat, out: int, inputs: int) -> None:
     """Reads single weights by the formulas of engine/CONTRACT.md, 1.3, and pads as it says."""
     x = weights(7, out, inputs)
@@ -297,8 +349,16 @@ def test_bytes_lie_where_the_contract_says(form: WeightFormat, out: int, inputs:
     blocks = packed["codes"].reshape(-1)
     supers = -(-inputs // 32)
     groups = -(-inputs // form.group) if form.group else 1
-    scales = packed["scales"].reshape(-1)
-    assert scales.dtype == (np.float16 if form.scale == "f16" else np.float32)
+    types = {"f16": np.float16, "f32": np.float32, "i8": np.int8}
+    assert packed["scales"].dtype == types[form.scale]
+
+    def number(kind: str, tile: int, group: int, r: int) -> Any:
+        value = np.float32(packed[f"{kind}s"].reshape(-1)[(tile * groups + group) * 8 + r])
+        if form.scale != "i8":
+            return value
+        place = (tile * -(-inputs // 256) + group * form.group // 256) * 8 + r
+        return value * np.float32(packed[f"{kind}_steps"].reshape(-1)[place])
+
     assert ("zeros" in packed) == (not form.symmetric and not form.offset)
     assert ("offsets" in packed) == form.offset
     planes = {
@@ -323,11 +383,12 @@ def test_bytes_lie_where_the_contract_says(form: WeightFormat, out: int, inputs:
                 zero = 2 ** (form.bits - 1) if form.symmetric else 0
             else:
                 zero = int(packed["zeros"].reshape(-1)[table])
-            value = np.float32(code - zero) * np.float32(scales[table])
+            scale = number("scale", tile, group, r)
+            value = np.float32(code - zero) * scale
             if form.offset:
-                value += np.float32(packed["offsets"].reshape(-1)[table])
+                value += number("offset", tile, group, r)
             if row >= out:
-                assert scales[table] == 0 and code == zero and value == 0
+                assert scale == 0 and code == zero and value == 0
             elif col >= inputs:
                 assert code == zero
             else:
@@ -361,14 +422,26 @@ def test_codes_made_elsewhere_come_back_as_they_were(
     """Any codes, zeros and scales of either sign, not only those that our quantizer makes."""
     generator = np.random.default_rng(seed)
     table = (out, form.groups(inputs))
-    kind = np.float16 if form.scale == "f16" else np.float32
-    scales = generator.standard_normal(table).astype(kind).astype(np.float32)
+    kind = np.float32 if form.scale == "f32" else np.float16
+
+    def numbers() -> tuple[Any, Any]:
+        if not form.stepped:
+            return generator.standard_normal(table).astype(kind).astype(np.float32), None
+        steps = generator.standard_normal((out, -(-inputs // 256))).astype(kind).astype(np.float32)
+        steps[generator.random(steps.shape) < 0.1] = 0
+        factors = generator.integers(-128, 128, table).astype(np.float32)
+        return factors * np.repeat(steps, 256 // form.group, axis=1)[:, : table[1]], steps
+
+    (scales, scale_steps), (offsets, offset_steps) = numbers(), numbers()
     zeros = np.full(table, form.neutral, np.uint8)
     if not (form.symmetric or form.offset):
         zeros = generator.integers(0, 2**form.bits, table, np.uint8)
-    offsets = generator.standard_normal(table).astype(kind).astype(np.float32)
     codes = generator.integers(0, 2**form.bits, (out, inputs), np.uint8)
-    coded = Quantized(codes, scales, zeros, form.bits, form.group, offsets if form.offset else None)
+    if not form.offset:
+        offsets = offset_steps = None
+    coded = Quantized(
+        codes, scales, zeros, form.bits, form.group, offsets, scale_steps, offset_steps
+    )
     packed = pack_quantized(coded, form)
     back = unpack_quantized(form, out, inputs, lambda suffix: packed[suffix])
     assert (back.codes == codes).all() and (back.scales == scales).all()
@@ -387,6 +460,12 @@ def test_codes_of_another_format_are_refused() -> None:
     exact = quantize_as(weights(8, 16, 64), parse_format("w4g32-f32scale"))
     with pytest.raises(InvalidArgument, match="float16"):
         pack_quantized(exact, form)
+    with pytest.raises(InvalidArgument, match="need steps"):
+        pack_quantized(coded, parse_format("w4g32-i8scale"))
+    stepped = quantize_as(weights(8, 16, 64), parse_format("w4g32-i8scale"))
+    stepped.scales[2, 1] *= np.float32(1.001)
+    with pytest.raises(InvalidArgument, match="int8, times a step"):
+        pack_quantized(stepped, parse_format("w4g32-i8scale"))
     coded.codes[3, 3] = 16
     with pytest.raises(InvalidArgument, match="more than 4 bits"):
         pack_quantized(coded, form)
@@ -426,8 +505,10 @@ def test_names_of_formats() -> None:
         "int4",
         "w4 ",
         "w4-sym-offset",
+        "w4-i8scale-f32scale",
+        "w4row-i8scale",
     ):
-        with pytest.raises(InvalidArgument, match="format"):
+        with pytest.raises(InvalidArgument, match="format|part of 256 inputs"):
             parse_format(bad)
     assert parse_format("w3g16-offset").name == "w3g16-offset"
     entry = parse_format("w4").to_json()
@@ -439,6 +520,7 @@ def test_names_of_formats() -> None:
         {**entry, "symmetric": 0},
         {**entry, "symmetric": True, "offset": True},
         {**entry, "offset": 1},
+        {**entry, "scale": "i8", "group": 0},
         {**entry, "more": 1},
         {"kind": "bf16", "offset": False},
     ):

@@ -90,7 +90,7 @@ def convert(
     target = Path(os.path.abspath(destination))
     if target.exists() or target.is_symlink():
         raise InvalidArgument(f"{target} exists already", "choose another destination")
-    opened = open_source(Path(source))
+    opened = open_source(Path(source), tokenizer=tokenizer is None)
     other = None if tokenizer is None else _tokenizer_source(Path(tokenizer))
     plan = _plan(opened, wish, other)
     check = _checker(cancelled)

@@ -256,8 +256,9 @@ _LAYER_NAMES = {
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
-def open_gguf(path: Path) -> Source:
-    """A GGUF file as a source. Errors: CorruptModel, Unsupported, IoError."""
+def open_gguf(path: Path, *, tokenizer: bool = True) -> Source:
+    """A GGUF file as a source; without its tokenizer if `tokenizer` is false, as another one is to
+    take its place. Errors: CorruptModel, Unsupported, IoError."""
     container = read_container(path)
     architecture = container.metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
@@ -268,7 +269,7 @@ def open_gguf(path: Path) -> Source:
         raise Unsupported(f"{path} is one part of several", "merge the parts into one file first")
     config = _config(container, architecture)
     tensors = _tensors(container, config, unpermute=architecture == "llama")
-    contents = tokenizer_files(container.metadata, str(path))
+    contents = tokenizer_files(container.metadata, str(path)) if tokenizer else {}
     generation = {"eos_token_id": config.pop("eos_token_id")}
     contents["generation_config.json"] = json.dumps(generation).encode()
     return Source(path, "gguf", config, tensors, contents=contents)

@@ -116,7 +116,7 @@ def _object(content: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, *, tokenizer: bool = True) -> Source:
     """Opens a Hugging Face directory or a GGUF file.
 
     Errors: NotFound, CorruptModel, Unsupported, InvalidArgument.
@@ -128,7 +128,7 @@ def open_source(path: Path) -> Source:
     if path.suffix == ".gguf":
         from framequilt.convert.gguf import open_gguf
 
-        return open_gguf(path)
+        return open_gguf(path, tokenizer=tokenizer)
     raise InvalidArgument(
         f"{path} is neither a directory nor a .gguf file",
         "give the directory that holds config.json and model.safetensors",

@@ -436,6 +436,27 @@ TEST(ActivationFormat, IsReadForTheWeightsThatItFits) {
   }
 }
 
+TEST(WeightFormat, ScalesInStepsAreOfGroups) {
+  json stepped = kW4;
+  stepped["scale"] = "i8";
+  json config = vision_config();
+  config["linears"][kUp]["format"] = stepped;
+  const auto spec = parse(config);
+  ASSERT_TRUE(spec) << spec.error().to_string();
+  EXPECT_EQ(spec->linears.at(kUp).format.name(), "w4g32-i8scale");
+  const auto tensors = linear_tensors("x", 20, 300, spec->linears.at(kUp).format);
+  ASSERT_EQ(tensors.size(), 4u);
+  EXPECT_EQ(tensors[2].name, "x.scale_steps");
+  EXPECT_EQ(tensors[2].shape, (std::vector<int64_t>{4, 2, 8}));
+  config["linears"][kUp]["format"]["group"] = 0;
+  const auto refused = parse(config);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, Code::kCorruptModel);
+  EXPECT_NE(refused.error().message.find(".format.scale: i8, but a group is a whole row"),
+            std::string::npos)
+      << refused.error().message;
+}
+
 TEST(ActivationFormat, NamesAreReadBack) {
   for (const char* name : {"a16", "abf16", "a8", "a6", "a4", "a8-asym", "a6-asym", "a4-asym"}) {
     const auto format = parse_activation_format(name);

@@ -88,6 +88,52 @@ TEST(WeightQuantizer, ScaleIsRoundedBeforeTheCodes) {
   }
 }
 
+// A step is shared by groups of very different sizes: each has to reach its own values all the
+// same, with a factor that is an integer of at most 127.
+TEST(WeightQuantizer, GroupsThatShareAStepReachTheirValues) {
+  std::mt19937 random(6);
+  std::normal_distribution<float> normal;
+  const int out = 5, in = 600;
+  for (const int bits : {2, 4, 5, 6, 8}) {
+    for (const int group : {16, 32, 128}) {
+      for (const int kind : {0, 1, 2}) {
+        WeightFormat format = affine_format(bits, group, kind == 1, DType::kI8);
+        format.offset = kind == 2;
+        SCOPED_TRACE(format.name());
+        std::vector<float> w(out * in);
+        for (int i = 0; i < out * in; ++i) {
+          const int g = i % in / group;
+          w[static_cast<size_t>(i)] =
+              (normal(random) + 0.5f) * std::ldexp(1.0f, -(g * 5 % 7) - i / in);
+        }
+        const auto packed = pack_linear(w.data(), out, in, format, AffineRange::kIncludeZero);
+        ASSERT_TRUE(packed) << packed.error().to_string();
+        const LinearWeights& v = packed->view;
+        ASSERT_EQ(v.steps, 3);
+        EXPECT_EQ(v.bytes, static_cast<int64_t>(packed->data_bytes) +
+                               16 * v.groups * (kind == 1 ? 1 : 2) + 16 * 3 * (kind == 2 ? 4 : 2));
+        for (int row = 0; row < out; ++row) {
+          for (int col = 0; col < in; ++col) {
+            const int g = col / group;
+            const int64_t at = (int64_t{row / 8} * v.groups + g) * 8 + row % 8;
+            const int factor = static_cast<const int8_t*>(v.scales)[at];
+            const int64_t step_at = (int64_t{row / 8} * v.steps + col / 256) * 8 + row % 8;
+            const float step =
+                float_from_half(static_cast<const uint16_t*>(v.scale_steps)[step_at]);
+            const float scale = group_scale(v, row, g);
+            ASSERT_GE(factor, 1);
+            ASSERT_EQ(scale, static_cast<float>(factor) * step);
+            const float x = w[static_cast<size_t>(row * in + col)];
+            const float slack = (scale * static_cast<float>(1 << bits) + std::fabs(x)) * 0x1p-21f;
+            ASSERT_LE(std::fabs(weight_at(v, row, col) - x), 0.5f * scale + slack)
+                << row << " " << col;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(WeightPacking, PaddingIsThatOfTheContract) {
   const std::vector<float> w(5 * 37, 1.0f);
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
@@ -116,7 +162,8 @@ TEST(WeightPacking, PaddingIsThatOfTheContract) {
 TEST(WeightPacking, UnknownFormatsAreRefused) {
   const std::vector<float> w(16, 1.0f);
   for (const WeightFormat& format :
-       {affine_format(7, 32), affine_format(4, 48), affine_format(8, 32, false, DType::kBF16)}) {
+       {affine_format(7, 32), affine_format(4, 48), affine_format(8, 32, false, DType::kBF16),
+        affine_format(4, 0, false, DType::kI8)}) {
     const auto packed = pack_linear(w.data(), 4, 4, format, AffineRange::kIncludeZero);
     ASSERT_FALSE(packed);
     EXPECT_EQ(packed.error().code, Code::kUnsupported);
@@ -170,7 +217,9 @@ INSTANTIATE_TEST_SUITE_P(Formats, BindLinear,
                                            affine_format(8, 64, false, DType::kF32),
                                            affine_format(8, 128, true), affine_format(2, 16),
                                            affine_format(3, 32), affine_format(5, 64, true),
-                                           affine_format(6, 0)));
+                                           affine_format(6, 0),
+                                           affine_format(4, 16, true, DType::kI8),
+                                           affine_format(5, 32, false, DType::kI8)));
 
 }  // namespace
 }  // namespace fq::quant

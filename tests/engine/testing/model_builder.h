@@ -170,13 +170,24 @@ inline std::vector<Tensor> pack(const std::string& name, std::vector<float>& w, 
   const int groups = format.group == 0 ? 1 : (in + group - 1) / group;
   const int levels = 1 << format.bits;
   const int blocks = padded_in / 32 * format.bits;
-  const bool half = format.scale == DType::kF16;
+  const bool half = format.scale == DType::kF16, stepped = format.stepped();
+  const int steps = (in + 255) / 256;
   Tensor codes{
       name + ".codes", "U8", {tiles, blocks, 8, 4}, std::string(size_t(tiles) * blocks * 32, 0)};
   Tensor scales{name + ".scales",
-                half ? "F16" : "F32",
+                stepped ? "I8"
+                : half  ? "F16"
+                        : "F32",
                 {tiles, groups, 8},
-                std::string(size_t(tiles) * groups * 8 * (half ? 2 : 4), 0)};
+                std::string(size_t(tiles) * groups * 8 * dtype_bytes(format.scale), 0)};
+  // All the same: a scale is 1 to 127 times this.
+  Tensor scale_steps{name + ".scale_steps",
+                     "F16",
+                     {tiles, steps, 8},
+                     std::string(size_t(tiles) * steps * 8 * 2, 0)};
+  const float step = half_value(half_bits(0.01f / static_cast<float>(levels)));
+  for (int at = 0; stepped && at < tiles * steps * 8; ++at)
+    put(scale_steps.bytes, size_t(at), half_bits(step));
   Tensor zeros{
       name + ".zeros", "U8", {tiles, groups, 8}, std::string(size_t(tiles) * groups * 8, 0)};
   for (int r = 0; r < tiles * 8; ++r) {
@@ -192,6 +203,10 @@ inline std::vector<Tensor> pack(const std::string& name, std::vector<float>& w, 
       if (half) {
         put(scales.bytes, at, half_bits(scale));
         scale = half_value(half_bits(scale));
+      } else if (stepped) {
+        const float factor = std::clamp(std::ceil(scale / step), 0.0f, 127.0f);
+        put(scales.bytes, at, static_cast<int8_t>(factor));
+        scale = factor * step;
       } else {
         put(scales.bytes, at, scale);
       }
@@ -226,8 +241,10 @@ inline std::vector<Tensor> pack(const std::string& name, std::vector<float>& w, 
       }
     }
   }
-  if (format.symmetric) return {codes, scales};
-  return {codes, scales, zeros};
+  std::vector<Tensor> result = {codes, scales};
+  if (stepped) result.push_back(scale_steps);
+  if (!format.symmetric) result.push_back(zeros);
+  return result;
 }
 
 // A safetensors file image: whole cache lines first, the rest followed by pads, as the contract
@@ -298,7 +315,9 @@ class Builder {
             {"bits", format.bits},
             {"group", format.group},
             {"symmetric", format.symmetric},
-            {"scale", format.scale == DType::kF16 ? "f16" : "f32"}};
+            {"scale", format.stepped()              ? "i8"
+                      : format.scale == DType::kF16 ? "f16"
+                                                    : "f32"}};
   }
 
   // Own mapping from generator to floats: std distributions differ between libraries.
