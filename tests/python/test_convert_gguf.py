@@ -308,6 +308,27 @@ def test_what_would_change_results_is_unsupported(tmp_path: Path, name: str) -> 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["no_vocab", "falcon"])
+def test_another_tokenizer_takes_the_place_of_the_files_own(tmp_path: Path, kind: str) -> None:
+    """One that is missing, or that we do not know: it is not looked at."""
+    tokenizers = {
+        "no_vocab": lambda writer: writer.add_tokenizer_model("no_vocab"),
+        "falcon": lambda writer: add_tokenizer(writer, pre="falcon"),
+    }
+    model = tiny.tiny_llama(tmp_path / "hf")
+    write_gguf(tmp_path / "x.gguf", model, "llama", tokenizer=tokenizers[kind])
+    write_gguf(tmp_path / "own.gguf", model, "llama")
+    with pytest.raises((CorruptModel, Unsupported), match="tokenizer"):
+        convert(tmp_path / "x.gguf", tmp_path / "x")
+    convert(tmp_path / "own.gguf", tmp_path / "own")
+    (tmp_path / "tokenizer").mkdir()
+    content = (tmp_path / "own" / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(content)
+    convert(tmp_path / "x.gguf", tmp_path / "x", tokenizer=tmp_path / "tokenizer")
+    own, other = (json.loads((tmp_path / n / "tokenizer.json").read_text()) for n in ("own", "x"))
+    assert own == other
+
+
 def test_other_architectures_name_what_there_is(tmp_path: Path) -> None:
     model = tiny.tiny_llama(tmp_path / "hf")
     write_gguf(tmp_path / "x.gguf", model, "falcon")
