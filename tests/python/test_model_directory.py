@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from framequilt.errors import (
 )
 from framequilt.model_directory import (
     CONFIG_KEYS,
+    NUMPY_DTYPES,
     DirectoryWriter,
     ModelDirectory,
     plan_shards,
@@ -98,6 +101,68 @@ def test_tensors_can_be_written_piece_by_piece(tmp_path: Path) -> None:
         writer.write("blocks", data[:4], 0)
         writer.commit(CONFIG)
     assert (ModelDirectory(tmp_path / "model").vector("blocks") == data).all()
+
+
+@pytest.mark.parametrize("page", [64, 1024, 2 << 20])
+@pytest.mark.parametrize("seed", range(4))
+def test_pieces_in_any_order_make_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: int, seed: int
+) -> None:
+    """Whatever lies in one page: the zeros that begin it destroy nothing."""
+    monkeypatch.setattr("framequilt.model_directory.HUGE_PAGE", page)
+    generator = np.random.default_rng(seed)
+    tensors = [*TENSORS, TensorInfo("long", "U8", (40, 90)), TensorInfo("wide", "I8", (3, 1000))]
+    values = {
+        t.name: generator.integers(1, 100, t.shape).astype(NUMPY_DTYPES[t.dtype]) for t in tensors
+    }
+    pieces = []
+    for info in tensors:
+        cuts = np.sort(generator.integers(0, info.shape[0] + 1, 5))  # some pieces are empty
+        ends = [0, *(int(cut) for cut in cuts), info.shape[0]]
+        pieces += [(info.name, *ends[i : i + 2]) for i in range(len(ends) - 1)]
+    with DirectoryWriter(tmp_path / "model", tensors, shard_bytes=5000) as writer:
+        for at in generator.permutation(len(pieces)):
+            name, begin, end = pieces[at]
+            writer.write(name, values[name][begin:end], begin)
+        writer.commit(CONFIG)
+    directory = ModelDirectory(tmp_path / "model", verify=True)
+    for name, value in values.items():
+        assert (directory.vector(name) == value).all()
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        assert len(file.read_bytes()) == os.path.getsize(file)
+        for name, entry in dict(safetensors.deserialize(file.read_bytes())).items():
+            data = bytes(entry["data"])
+            assert data == (values[name].tobytes() if name in values else bytes(len(data)))
+
+
+def mapped_as_huge_pages(path: Path) -> int:
+    """Bytes of a file, mapped and read, that the kernel maps by huge pages."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        sum(mapped[::4096])
+        entries = re.split(
+            r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M
+        )
+        own = [entry for entry in entries if str(path) in entry.partition("\n")[0]]
+        return 1024 * sum(int(n) for e in own for n in re.findall(r"FilePmdMapped: +(\d+)", e))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_was_written_lies_in_huge_pages(tmp_path: Path) -> None:
+    """Where the file system keeps files in such pieces at all. Each tensor is written in parts."""
+    whole = tmp_path / "whole"
+    with open(whole, "wb", buffering=0) as file:
+        for _ in range(8):
+            file.write(bytes(2 << 20))
+    if mapped_as_huge_pages(whole) < 12 << 20:
+        pytest.skip("this file system keeps files in small pages")
+    tensors = [TensorInfo(f"t{i}", "U8", (300, 1000)) for i in range(60)]
+    with DirectoryWriter(tmp_path / "model", tensors) as writer:
+        for first in range(0, 300, 100):
+            for info in tensors:
+                writer.write(info.name, np.ones((100, 1000), np.uint8), first)
+        writer.commit(CONFIG)
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    assert mapped_as_huge_pages(file) >= 12 << 20
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
