@@ -35,8 +35,8 @@
 namespace fq::ops {
 
 // The weights of linears that a call is likely to be followed by, which are computed together: what
-// threads with nothing left to do ask memory for. Says all that this takes; not the steps of scales,
-// which are a hundredth of it.
+// threads with nothing left to do ask memory for. Says all that this takes; not the steps of
+// scales, which are a hundredth of it.
 struct LinearsAhead {
   static constexpr int kMost = 3;
   struct Weights {

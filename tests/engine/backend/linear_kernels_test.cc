@@ -21,7 +21,9 @@ std::string case_name(const testing::TestParamInfo<Case>& info) {
          (f.symmetric ? "sym"
           : f.offset  ? "offset"
                       : "") +
-         (f.scale == DType::kF32 ? "_f32scale" : f.stepped() ? "_i8scale" : "");
+         (f.scale == DType::kF32 ? "_f32scale"
+          : f.stepped()          ? "_i8scale"
+                                 : "");
 }
 
 std::vector<Case> cases() {
