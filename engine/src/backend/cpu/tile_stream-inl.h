@@ -219,7 +219,7 @@ HWY_NOINLINE hn::Vec<DTile> TileSumsOfSmall(const LinearWeights& w, const Inputs
     sum = hn::MulAdd(scale, products, sum);
     sum = hn::MulAdd(shift, hn::Set(df, inputs.sums[group]), sum);
   };
-  // Products of `halves` halves from half kFrom on.
+  // Products of `halves` halves of superblocks, the first of them half `from`.
   const auto products_of = [&](auto from, auto halves) FRAMEQUILT_INLINE {
     VI sums[2 * halves];
     Unrolled<2 * halves>([&](auto i) FRAMEQUILT_INLINE { sums[i] = hn::Zero(DI()); });
