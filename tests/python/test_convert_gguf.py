@@ -308,6 +308,20 @@ def test_what_would_change_results_is_unsupported(tmp_path: Path, name: str) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_conversion_says_that_inputs_stay_in_float32(tmp_path: Path) -> None:
+    """Who compares with llama.cpp has to know, and only who did not choose."""
+    model = tiny.tiny_llama(tmp_path / "hf", intermediate_size=96)
+    write_gguf(tmp_path / "x.gguf", model, "llama", "Q4_0")
+
+    def told(**options: Any) -> bool:
+        report = convert(tmp_path / "x.gguf", tmp_path / "model", dry_run=True, **options)
+        return any("inputs stay in float32" in note for note in report.notes)
+
+    assert told()
+    assert not told(activations="a8,lm_head=a8") and not told(activations="a16")
+    assert not told(weights="w4g32")
+
+
 @pytest.mark.parametrize("kind", ["no_vocab", "falcon"])
 def test_another_tokenizer_takes_the_place_of_the_files_own(tmp_path: Path, kind: str) -> None:
     """One that is missing, or that we do not know: it is not looked at."""

@@ -301,6 +301,11 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(
             f"quantized already, and now quantized again: {_counted(anew)}; both errors add up"
         )
+    if kept and plan.source.kind == "gguf" and plan.activations is None:
+        notes.append(
+            "inputs stay in float32; llama.cpp rounds them to 8 bits with these weights, as "
+            "--activations a8,lm_head=a8 does: faster, and a little less exact"
+        )
     notes += plan.source.notes
     if not plan.tokens.eos:
         notes.append("the checkpoint names no end token: answers end at max_tokens only")
