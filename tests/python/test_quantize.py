@@ -298,7 +298,8 @@ def test_with_steps_no_weight_is_off_by_more_than_half_its_scale(
         np.stack([f(x[:, owner == g], 1) for g in range(groups)], 1) for f in (np.min, np.max)
     )
     if form.symmetric:
-        width = 2 * np.maximum(-low, high) * (2**form.bits - 1) / (2**form.bits - 2)
+        peak = np.maximum(np.maximum(-low, high), 1e-5)  # no group is taken to be smaller
+        width = 2 * peak * (2**form.bits - 1) / (2**form.bits - 2)
     elif form.offset:
         assert made.offset_steps is not None
         width = high - low + made.offset_steps[:, of_group]
