@@ -18,6 +18,10 @@ inline std::vector<model::WeightFormat> affine_formats() {
     formats.push_back({Kind::kAffine, bits, 0, true, DType::kF16});
     formats.push_back({Kind::kAffine, bits, 16, true, DType::kF32});
     formats.push_back({Kind::kAffine, bits, 32, false, DType::kF16, true});
+    // Products of codes and scales that are not exact.
+    if (bits == 4) formats.push_back({Kind::kAffine, bits, 64, false, DType::kF32, true});
+    if (bits == 5) formats.push_back({Kind::kAffine, bits, 128, false, DType::kF32, true});
+    if (bits == 8) formats.push_back({Kind::kAffine, bits, 32, false, DType::kI8, true});
     // Those of GGUF: factors of steps.
     formats.push_back(bits == 4 || bits == 5
                           ? model::WeightFormat{Kind::kAffine, bits, 32, false, DType::kI8, true}
