@@ -190,12 +190,10 @@ HWY_NOINLINE hn::Vec<DTile> TileSums(const LinearWeights& w, const Inputs& input
     const int64_t end = std::min(begin + inputs.span, padded);
     VI sums[4];
     Unrolled<4>([&](auto i) FRAMEQUILT_INLINE { sums[i] = hn::Zero(DI()); });
-    int64_t i = begin;
-    for (; i + 2 * kHalfInputs <= end; i += 2 * kHalfInputs) {
+    for (int64_t i = begin; i < end; i += 2 * kHalfInputs) {  // whole superblocks: see TileSumsFor
       walk.template AddHalf<0>(sums);
       walk.template AddHalf<1>(sums + 2);
     }
-    if (i < end) walk.template AddHalf<0>(sums);
     const VI both = hn::Add(hn::Add(sums[0], sums[1]), hn::Add(sums[2], sums[3]));
     const auto products = hn::Add(hn::LowerHalf(di, both), hn::UpperHalf(di, both));
     const TileGroup<DTile> g = LoadTileGroup(df, w, tile, group);
