@@ -146,7 +146,9 @@ def mapped_as_huge_pages(path: Path) -> int:
         return 1024 * sum(int(n) for e in own for n in re.findall(r"FilePmdMapped: +(\d+)", e))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells, in /proc, what is mapped by huge pages")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells, in /proc, what is mapped by huge pages"
+)
 def test_what_was_written_lies_in_huge_pages(tmp_path: Path) -> None:
     """Where the file system keeps files in such pieces at all. Each tensor is written in parts."""
     whole = tmp_path / "whole"

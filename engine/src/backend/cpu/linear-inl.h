@@ -72,8 +72,8 @@ struct BF16Format {
 enum class Offsets : uint8_t { kNone, kFused, kApart };
 
 inline bool ExactProducts(const model::WeightFormat& format) {
-  constexpr int kHalf = 11,
-                kFactor = 7;  // bits of a float16 number, and of an int8 one's magnitude
+  constexpr int kHalf = 11;   // bits of a float16 number
+  constexpr int kFactor = 7;  // of an int8 one's magnitude: 128 is a power of two
   return format.scale == DType::kF16 || (format.stepped() && kHalf + kFactor + format.bits <= 24);
 }
 
