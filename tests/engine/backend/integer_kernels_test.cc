@@ -183,6 +183,35 @@ TEST_P(IntegerKernels, SumsOfPairsLeaveInt16InTime) {
   }
 }
 
+// Kernels that fold pairs of words count the inputs of a span from a number below them, and treat
+// what is too far above it apart (winograd-inl.h). Spans whose inputs reach from every number near
+// the least one to every number near the largest, in words that are folded, rows of all kinds side
+// by side.
+TEST_P(IntegerKernels, InputsOfASpanMayLieFarApart) {
+  const int in = 650, rows = 103;
+  Problem problem(GetParam().weights, 70, in, rows, false, false, GetParam().activations);
+  const ActivationFormat& format = GetParam().activations;
+  const int half = 1 << (format.bits - 1), near = std::min(18, half);
+  std::mt19937 random(5);
+  for (int r = 0, kind = 0; r < rows; ++r) {
+    float* const row = problem.x.data() + r * problem.args.x_stride;
+    for (int begin = 0; begin < in; begin += 64, ++kind) {
+      const int least = -half + kind % near, largest = half - 1 - kind / near % near;
+      std::uniform_int_distribution<int> between(least, largest);
+      const int often = kind % 7 + 1;  // from every input at an end to few
+      for (int i = begin; i < std::min(begin + 64, in); ++i) {
+        const int value = i % often == 0 ? (i / often % 2 == 0 ? least : largest) : between(random);
+        row[i] = static_cast<float>(value);
+      }
+    }
+    // One step is 1, and codes are the values themselves: the ends are where nothing is folded.
+    row[8] = static_cast<float>(half - 1);
+    row[9] = static_cast<float>(format.symmetric ? 1 - half : -half);
+  }
+  if (!format.symmetric) problem.set_row_sums();
+  expect_reference(problem, 2);
+}
+
 // Kernels multiply by the inverse of a scale where that cannot change a code: here it could.
 TEST_P(IntegerKernels, QuotientsNearTiesRoundAsADivisionDoes) {
   const int in = 506, rows = 24;

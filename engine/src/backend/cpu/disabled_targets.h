@@ -21,8 +21,8 @@
 #endif
 
 #ifndef HWY_DISABLED_TARGETS
-#if FRAMEQUILT_AMX && !defined(FRAMEQUILT_ONE_TARGET)
-// AVX-512 with VNNI alone: for the files of AMX.
+#if (FRAMEQUILT_AMX || FRAMEQUILT_VNNI_ONLY) && !defined(FRAMEQUILT_ONE_TARGET)
+// AVX-512 with VNNI alone: for the files of its extensions.
 #define HWY_DISABLED_TARGETS \
   (HWY_SSSE3 | HWY_SSE4 | HWY_AVX2 | HWY_AVX3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 #elif defined(FRAMEQUILT_ONE_TARGET)

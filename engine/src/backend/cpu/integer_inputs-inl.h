@@ -356,16 +356,22 @@ HWY_NOINLINE void QuantizeRow(const float* x, const RowKind& kind, const RowOutp
   }
 }
 
-// For weights of kBits bits.
-template <int kBits>
-Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
+// Inputs::stride. One of whole pages would put all rows into the same few cache sets.
+inline int64_t InputStride(const LinearWeights& w) {
+  const int64_t padded = w.padded_in();
+  return padded + (padded % 1024 < 64 ? 64 : 0);
+}
+
+// For weights of kBits bits. after_row(codes, sums, r) is called when those of row r are complete, by
+// any thread, and may change the codes.
+template <int kBits, class AfterRow>
+Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool, const AfterRow& after_row) {
   static thread_local InputScratch own;  // of the engine thread; the pool's threads write to it
   InputScratch& scratch = own;
   const LinearWeights& w = *args.w;
   Inputs inputs;
   const int64_t padded = w.padded_in();
-  // A stride of whole pages would put all rows into the same few cache sets.
-  inputs.stride = padded + (padded % 1024 < 64 ? 64 : 0);
+  inputs.stride = InputStride(w);
   inputs.span = std::min<int64_t>(w.group, quant::kIntegerSpan);
   inputs.spans = (w.in + inputs.span - 1) / inputs.span;
   inputs.block = std::min(inputs.span, kPairBlock);
@@ -406,6 +412,8 @@ Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
         const auto minus = static_cast<uint16_t>(-static_cast<int32_t>(scratch.zeros[r]));
         scratch.minus_zeros[r] = minus * 0x10001u;
       }
+      after_row(scratch.codes.data() + r * inputs.stride, scratch.sums.data() + r * inputs.spans,
+                r);
     }
   };
   // Handing out a few kilobytes takes longer than quantizing them.
@@ -419,6 +427,10 @@ Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
     });
   }
   return inputs;
+}
+template <int kBits>
+Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
+  return QuantizeInputs<kBits>(args, pool, [](int8_t*, const float*, int64_t) {});
 }
 
 }  // namespace FRAMEQUILT_DOT_NAMESPACE

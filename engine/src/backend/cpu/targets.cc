@@ -68,6 +68,17 @@ void fill_amx_kernels(Kernels& kernels) {
 }
 #endif
 
+#if HWY_ARCH_X86
+// Zen 4 and 5 add vectors in four units and multiply them in two. Intel's cores do both in the same
+// ones.
+bool adds_beside_multiplying() { return __builtin_cpu_is("amd") != 0; }
+
+void fill_zen4_kernels(Kernels& kernels) {
+  fill_bf16dot_linear_kernels(kernels);
+  fill_winograd_linear_kernels(kernels);
+}
+#endif
+
 // Best first: the extensions of the machine that add targets to Highway's target `bit`. `best`:
 // Highway has no better one here.
 std::vector<Target> extended_targets([[maybe_unused]] int64_t bit, [[maybe_unused]] bool best) {
@@ -87,8 +98,13 @@ std::vector<Target> extended_targets([[maybe_unused]] int64_t bit, [[maybe_unuse
 #if FRAMEQUILT_HAVE_AMX_FILES
   if (bit == HWY_AVX3_DL && may_use_amx()) targets.push_back({"avx3_amx", bit, &fill_amx_kernels});
 #endif
-  if (bit == HWY_AVX3_DL && __builtin_cpu_supports("avx512bf16"))
-    targets.push_back({"avx3_bf16", bit, &fill_bf16dot_linear_kernels});
+  if (bit == HWY_AVX3_DL && __builtin_cpu_supports("avx512bf16")) {
+    if (adds_beside_multiplying()) {
+      targets.push_back({"avx3_zen4", bit, &fill_zen4_kernels});
+    } else {
+      targets.push_back({"avx3_bf16", bit, &fill_bf16dot_linear_kernels});
+    }
+  }
 #endif
   return targets;
 }
