@@ -362,8 +362,8 @@ inline int64_t InputStride(const LinearWeights& w) {
   return padded + (padded % 1024 < 64 ? 64 : 0);
 }
 
-// For weights of kBits bits. after_row(codes, sums, r) is called when those of row r are complete, by
-// any thread, and may change the codes.
+// For weights of kBits bits. after_row(codes, sums, r) is called when those of row r are complete,
+// by any thread, and may change the codes.
 template <int kBits, class AfterRow>
 Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool, const AfterRow& after_row) {
   static thread_local InputScratch own;  // of the engine thread; the pool's threads write to it
