@@ -83,6 +83,7 @@ struct EncoderTiles {
     std::fill(s.v.data() + (tokens + 3) / 4 * value_stride(),
               s.v.data() + value_tokens / 4 * value_stride(), 0u);
   }
+  void EndValues() const {}
   // As [value_tokens / 4][channel_tiles][high, low][16] words of 4 tokens.
   template <class Code>
   void AddValues(int64_t token, const Code& code) const {

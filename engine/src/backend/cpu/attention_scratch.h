@@ -31,6 +31,7 @@ struct EncoderAttentionScratch {
   AlignedBuffer<float> k_rows, v_rows, q_panel;   // floats
   AlignedBuffer<float> rows, k_scales, v_scales;  // codes
   AlignedBuffer<int32_t> k_starts;
+  AlignedBuffer<int32_t> v_starts;  // of folded words
   AlignedBuffer<uint32_t> k, v, q, pair;
   AlignedBuffer<int8_t> codes;  // of a row of queries or keys
   // With AMX: codes of the tile's queries, bytes of its probabilities.

@@ -173,6 +173,7 @@ struct Head {
         return hn::ConvertTo(DI(), hn::Min(hn::Max(hn::Round(quotient), hn::Neg(most)), most));
       });
     }
+    codes.EndValues();
     return true;
   }
 
@@ -246,6 +247,8 @@ HWY_EXPORT(IntegerEncoderAttention);
 
 #if FRAMEQUILT_AMX
 void fill_amx_encoder_attention_kernels(Kernels& kernels) {
+#elif FRAMEQUILT_FOLD
+void fill_fold_encoder_attention_kernels(Kernels& kernels) {
 #else
 void fill_integer_encoder_attention_kernels(Kernels& kernels) {
 #endif

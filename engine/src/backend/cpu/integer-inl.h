@@ -12,7 +12,9 @@
 // defines one of these before it includes this is for processors with an extension:
 // FRAMEQUILT_NEON_DOT: 1 for SDOT (signed bytes), 2 for USDOT;
 // FRAMEQUILT_AVX2_DOT: 1 for AVX-VNNI, 2 for the same instruction as AVX-512 encodes it;
-// FRAMEQUILT_AMX: 1 for AVX-512 with VNNI and the matrix registers of AMX (amx-inl.h).
+// FRAMEQUILT_AMX: 1 for AVX-512 with VNNI and the matrix registers of AMX (amx-inl.h);
+// FRAMEQUILT_FOLD: 1 for AVX-512 with VNNI where adding is cheaper than multiplying
+// (winograd-inl.h).
 #if defined(FRAMEQUILT_CPU_INTEGER_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FRAMEQUILT_CPU_INTEGER_INL_H_
 #undef FRAMEQUILT_CPU_INTEGER_INL_H_
@@ -31,6 +33,8 @@
 #define FRAMEQUILT_DOT_NAMESPACE neon_dot
 #elif FRAMEQUILT_AMX
 #define FRAMEQUILT_DOT_NAMESPACE amx
+#elif FRAMEQUILT_FOLD
+#define FRAMEQUILT_DOT_NAMESPACE fold
 #elif FRAMEQUILT_AVX2_DOT == 2
 #define FRAMEQUILT_DOT_NAMESPACE avx512_vnni
 #elif FRAMEQUILT_AVX2_DOT == 1

@@ -43,8 +43,10 @@ void fill_amx_bf16_linear_kernels(Kernels& kernels);
 void fill_amx_attention_kernels(Kernels& kernels);
 void fill_amx_encoder_attention_kernels(Kernels& kernels);
 void fill_bf16dot_linear_kernels(Kernels& kernels);  // x86 with AVX512_BF16 only
-// Takes the place of some that are there already: x86 with AVX-512 VNNI only.
+// Where adding is cheaper than multiplying: x86 with AVX-512 VNNI only. The linears take the place
+// of some that are there already.
 void fill_winograd_linear_kernels(Kernels& kernels);
+void fill_fold_encoder_attention_kernels(Kernels& kernels);
 void fill_row_kernels(Kernels& kernels);  // norms, rope, activations, similarity
 void fill_kv_append_kernels(Kernels& kernels);
 void fill_attention_kernels(Kernels& kernels);  // attention, importance

@@ -5,7 +5,7 @@
 // short to gain, are left to the linears that these take the place of. Scratch is per thread and
 // kept. Called by the engine thread, runs on the pool.
 #define FRAMEQUILT_WANT_VNNI 1
-#define FRAMEQUILT_VNNI_ONLY 1
+#define FRAMEQUILT_FOLD 1
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -95,9 +95,10 @@ struct Block {
 
 // Adds the products of what is left of codes beyond their window, in the span that begins at step
 // `begin`, to totals[row][vector].
-inline HWY_NOINLINE void AddRest(const Block& b, int rows, int64_t begin, const FoldedSpan* spans,
-                                 VI* totals) {
-  for (int r = 0; r < rows; ++r) {
+template <int kRows>
+HWY_INLINE void AddRest(const Block& b, int64_t begin, const FoldedSpan* HWY_RESTRICT spans,
+                        VI* totals) {
+  Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
     for (uint32_t left = spans[r].beyond; left != 0; left &= left - 1) {
       const int64_t step = begin + std::countr_zero(left) * kPeriod / 4;
       const int8_t* const rest = b.rest + r * b.x_stride + 4 * step;
@@ -109,7 +110,7 @@ inline HWY_NOINLINE void AddRest(const Block& b, int rows, int64_t begin, const 
         total = DirectDot(total, hn::Load(DU(), words + kColumns + v * kLanes), second);
       });
     }
-  }
+  });
 }
 
 // totals[row][vector]: what the sums of a span start with.
@@ -159,14 +160,9 @@ HWY_INLINE void AddSpanProducts(const Block& b, int64_t begin, const FoldedSpan*
   VI totals[kRows * kVectors];
   uint32_t beyond = 0;
   Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE { beyond |= spans[r].beyond; });
-  if (beyond == 0) [[likely]] {
-    StartSpan<kRows>(spans, starts, totals);
-  } else {
-    VI sums[kRows * kVectors];  // `totals` would have to be in memory otherwise
-    StartSpan<kRows>(spans, starts, sums);
-    AddRest(b, kRows, begin, spans, sums);
-    Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE { totals[i] = sums[i]; });
-  }
+  StartSpan<kRows>(spans, starts, totals);
+  if (beyond != 0) [[unlikely]]
+    AddRest<kRows>(b, begin, spans, totals);
   const int64_t x_stride = b.x_stride;
   const uint32_t* HWY_RESTRICT words = b.panel + begin * kColumns;
   const int8_t* HWY_RESTRICT x = b.x + 4 * begin;

@@ -76,6 +76,7 @@ bool adds_beside_multiplying() { return __builtin_cpu_is("amd") != 0; }
 void fill_zen4_kernels(Kernels& kernels) {
   fill_bf16dot_linear_kernels(kernels);
   fill_winograd_linear_kernels(kernels);
+  fill_fold_encoder_attention_kernels(kernels);
 }
 #endif
 

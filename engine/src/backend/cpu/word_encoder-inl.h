@@ -58,6 +58,9 @@ struct EncoderWords {
     reserve(s.q, words * kQueries);
     reserve(s.scores, 2 * pairs * kQueries);
     reserve(s.out, std::max(dims * kQueries, stride));
+#if FRAMEQUILT_HAVE_FOLD
+    reserve(s.v_starts, (pairs + kSpanPairs - 1) / kSpanPairs * stride);
+#endif
   }
 
   // --- Operands ----------------------------------------------------------------------------------
@@ -88,6 +91,28 @@ struct EncoderWords {
                     static_cast<size_t>(count) * sizeof(uint32_t));
       });
     }
+  }
+
+  void EndValues() const {
+#if FRAMEQUILT_HAVE_FOLD
+    // Of each span and channel (ValueBlock::of_channels).
+    int32_t* starts = s.v_starts.data();
+    for (int64_t begin = 0; begin < pairs; begin += kSpanPairs, starts += stride) {
+      const int64_t steps = std::min(kSpanPairs, pairs - begin);
+      ForBlocks([&](int64_t channel, int64_t count) {
+        const uint32_t* const words = s.v.data() + channel * pairs + begin * count;
+        const auto some = hn::FirstN(DU(), static_cast<size_t>(count));
+        VI sum = hn::Zero(DI());
+        ForFolded(steps, [&](int64_t step) FRAMEQUILT_INLINE {
+          const uint32_t* const at = words + step * count;
+          sum =
+              PairDot(sum, hn::MaskedLoad(some, DU(), at), hn::MaskedLoad(some, DU(), at + count));
+        });
+        hn::BlendedStore(hn::Neg(sum), hn::FirstN(DI(), static_cast<size_t>(count)), DI(),
+                         starts + channel);
+      });
+    }
+#endif
   }
 
   // Of all queries of a tile.
@@ -174,10 +199,29 @@ struct EncoderWords {
       b.products.b = p + begin * kQueries;
       b.products.steps = std::min(kSpanPairs, pairs - begin);
       b.first = begin == 0;
+#if FRAMEQUILT_HAVE_FOLD
+      HWY_ALIGN int32_t of_queries[kQueries];
+      VI sums[kVectors];
+      Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE { sums[v] = hn::Zero(DI()); });
+      ForFolded(b.products.steps, [&](int64_t step) FRAMEQUILT_INLINE {
+        const uint32_t* const at = b.products.b + step * kQueries;
+        Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+          sums[v] = PairDot(sums[v], hn::Load(DU(), at + v * kLanes),
+                            hn::Load(DU(), at + kQueries + v * kLanes));
+        });
+      });
+      Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
+        hn::Store(hn::Neg(sums[v]), DI(), of_queries + v * kLanes);
+      });
+      b.of_queries = of_queries;
+#endif
       ForBlocks([&](int64_t channel, int64_t count) {
         b.products.a = s.v.data() + channel * pairs + begin * count;
         b.products.a_step = count;
         b.out = s.out.data() + channel * kQueries;
+#if FRAMEQUILT_HAVE_FOLD
+        b.of_channels = s.v_starts.data() + begin / kSpanPairs * stride + channel;
+#endif
         kValueMicros[static_cast<size_t>(count - 1)](b);
       });
     }

@@ -80,6 +80,72 @@ HWY_INLINE VU ProbabilityCode(VF x) {
   return hn::BitCast(DU(), hn::Add(power, shift));
 }
 
+#undef FRAMEQUILT_HAVE_FOLD
+#if FRAMEQUILT_FOLD && HWY_TARGET == HWY_AVX3_DL
+#define FRAMEQUILT_HAVE_FOLD 1
+
+// --- Winograd's inner product of words of 16 bits ------------------------------------------------
+
+// As in winograd-inl.h, the first two words of every four; what a sum of 32 bits overflows by comes
+// back when the products that depend on one side alone are taken off.
+constexpr int64_t kFoldPeriod = 4;
+static_assert(ops::IntegerAttention::kProbabilityOne + ops::IntegerAttention::kValueMost < 1 << 15);
+
+// Calls f(step) for the first of each two folded words.
+template <class F>
+HWY_INLINE void ForFolded(int64_t steps, const F& f) {
+  for (int64_t step = 0; step + 1 < steps; step += kFoldPeriod) f(step);
+}
+
+// One row's part of two steps.
+HWY_INLINE void AddFoldedDots(const VU (&first)[2], const VU (&second)[2], const uint32_t* word,
+                              const uint32_t* next, VI* sums) {
+  VI a, b, x, y;
+  __asm__(
+      "vpbroadcastd %6, %2\n\t"
+      "vpbroadcastd %7, %3\n\t"
+      "vpaddw %10, %2, %4\n\t"
+      "vpaddw %8, %3, %5\n\t"
+      "vpdpwssd %5, %4, %0\n\t"
+      "vpaddw %11, %2, %2\n\t"
+      "vpaddw %9, %3, %3\n\t"
+      "vpdpwssd %3, %2, %1"
+      : "+v"(sums[0].raw), "+v"(sums[1].raw), "=&v"(a.raw), "=&v"(b.raw), "=&v"(x.raw), "=&v"(y.raw)
+      : "m"(*word), "m"(*next), "v"(first[0].raw), "v"(first[1].raw), "v"(second[0].raw),
+        "v"(second[1].raw));
+}
+
+template <int kRows>
+HWY_INLINE void AddFoldedProducts(const WordProducts& p, VI (&acc)[kRows * 2]) {
+  const uint32_t* HWY_RESTRICT a = p.a;
+  const uint32_t* HWY_RESTRICT b = p.b;
+  const int64_t a_row = p.a_row;
+  const auto load = [&](VU(&vectors)[2]) FRAMEQUILT_INLINE {
+    Unrolled<2>([&](auto v) FRAMEQUILT_INLINE { vectors[v] = hn::Load(DU(), b + v * kLanes); });
+    b += p.b_step;
+  };
+  const auto direct = [&]() FRAMEQUILT_INLINE {
+    VU vectors[2];
+    load(vectors);
+    Unrolled<kRows>([&](auto r)
+                        FRAMEQUILT_INLINE { AddPairDots(vectors, a + r * a_row, acc + r * 2); });
+    a += p.a_step;
+  };
+  for (int64_t left = p.steps; left > 0; left -= kFoldPeriod) {
+    if (left == 1) return direct();
+    VU first[2], second[2];
+    load(first);
+    load(second);
+    Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
+      AddFoldedDots(first, second, a + r * a_row, a + p.a_step + r * a_row, acc + r * 2);
+    });
+    a += 2 * p.a_step;
+    if (left > 2) direct();
+    if (left > 3) direct();
+  }
+}
+#endif
+
 // --- Micro kernels -----------------------------------------------------------------------------
 
 // Scores of some tokens (rows) with a tile of queries.
@@ -120,6 +186,12 @@ HWY_NOINLINE void ScoreMicro(const ScoreBlock& block) {
 // Some channels (rows) of the outputs of a tile of queries, over a span of tokens.
 struct ValueBlock {
   WordProducts products;
+#if FRAMEQUILT_HAVE_FOLD
+  // What sums start with, one number for each channel and one for each query: minus the products of
+  // folded words.
+  const int32_t* of_channels = nullptr;
+  const int32_t* of_queries = nullptr;  // [2 kLanes]
+#endif
   float* out = nullptr;  // [channels][2 kLanes]
   bool first = false;    // start from 0 instead of from out
 };
@@ -128,8 +200,16 @@ template <int kRows>
 HWY_NOINLINE void ValueMicro(const ValueBlock& block) {
   const DF df;
   VI acc[kRows * 2];
+#if FRAMEQUILT_HAVE_FOLD
+  Unrolled<kRows * 2>([&](auto i) FRAMEQUILT_INLINE {
+    const VI of_queries = hn::LoadU(DI(), block.of_queries + i % 2 * kLanes);
+    acc[i] = hn::Add(of_queries, hn::Set(DI(), block.of_channels[i / 2]));
+  });
+  AddFoldedProducts<kRows>(block.products, acc);
+#else
   Unrolled<kRows * 2>([&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Zero(DI()); });
   AddPairProducts<kRows, 2>(block.products, acc, []() FRAMEQUILT_INLINE {});
+#endif
   Unrolled<kRows * 2>([&](auto i) FRAMEQUILT_INLINE {
     float* const at = block.out + i * kLanes;
     const VF old = block.first ? hn::Zero(df) : hn::Load(df, at);
