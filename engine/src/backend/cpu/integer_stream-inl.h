@@ -35,12 +35,9 @@ HWY_INLINE SpanNumbers LoadSpan(const LinearWeights& w, int64_t unit, int64_t gr
   return n;
 }
 
-HWY_INLINE VF AddSpan(VF sum, VF products, SpanNumbers n, VF inputs) {
-  sum = hn::MulAdd(n.scale, products, sum);
-  return hn::MulAdd(n.shift, inputs, sum);
-}
 HWY_INLINE VF AddSpan(VF sum, VI products, SpanNumbers n, VF inputs) {
-  return AddSpan(sum, hn::ConvertTo(DF(), products), n, inputs);
+  sum = hn::MulAdd(n.scale, hn::ConvertTo(DF(), products), sum);
+  return hn::MulAdd(n.shift, inputs, sum);
 }
 HWY_INLINE VF AddSpan(VF sum, VI products, SpanNumbers n, float inputs) {
   return AddSpan(sum, products, n, hn::Set(DF(), inputs));

@@ -1,9 +1,9 @@
 // Linears of many rows with quantized inputs and weights of few bits by Winograd's inner product
 // (winograd-inl.h), for processors with AVX-512 VNNI that add beside multiplying: the same bits as
-// those of linear_integer.cc, in two thirds of the multiplications. Panels of columns are unpacked
-// to bytes in cache and multiplied in register blocks as there. Few rows, and groups that are too
-// short to gain, are left to the linears that these take the place of. Scratch is per thread and
-// kept. Called by the engine thread, runs on the pool.
+// those of linear_integer.cc, in three quarters of the multiplications. Panels of columns are
+// unpacked to bytes in cache and multiplied in register blocks as there. Few rows, and groups that
+// are too short to gain, are left to the linears that these take the place of. Scratch is per
+// thread and kept. Called by the engine thread, runs on the pool.
 #define FRAMEQUILT_WANT_VNNI 1
 #define FRAMEQUILT_FOLD 1
 #include <algorithm>

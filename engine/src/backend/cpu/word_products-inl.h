@@ -144,6 +144,8 @@ HWY_INLINE void AddFoldedProducts(const WordProducts& p, VI (&acc)[kRows * 2]) {
     if (left > 3) direct();
   }
 }
+#else
+#define FRAMEQUILT_HAVE_FOLD 0
 #endif
 
 // --- Micro kernels -----------------------------------------------------------------------------
