@@ -54,6 +54,17 @@ HWY_INLINE VF ScaledSum(const ops::LinearArgs& args, const Inputs& inputs, int64
   return hn::Mul(sum, hn::Set(df, inputs.scales[row]));
 }
 
+// The outputs of some rows and columns, from sums [rows][sum_stride]. Out of line: every kernel of
+// many rows ends with this.
+inline HWY_NOINLINE void FinishScaledRows(const ops::LinearArgs& args, const Inputs& inputs,
+                                          int64_t row, int64_t rows, int64_t column, int64_t count,
+                                          const float* sums, int64_t sum_stride) {
+  FinishRowsOf(args, row, rows, column, count, [&](int64_t r, int64_t i) FRAMEQUILT_INLINE {
+    const VF sum = hn::Load(DF(), sums + r * sum_stride + i);
+    return ScaledSum(args, inputs, row + r, column + i, sum);
+  });
+}
+
 // --- Weights through registers -------------------------------------------------------------------
 
 // One row and whole tiles, where sums of products do not wait for each other: a tile after the

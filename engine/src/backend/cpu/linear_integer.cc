@@ -253,14 +253,6 @@ HWY_NOINLINE void UnpackUnit(const LinearWeights& w, int64_t span, int64_t unit,
   }
 }
 
-HWY_NOINLINE void FinishScaledRows(const ops::LinearArgs& args, const Inputs& inputs, int64_t row,
-                                   int64_t rows, int64_t column, int64_t count, const float* sums) {
-  FinishRowsOf(args, row, rows, column, count, [&](int64_t r, int64_t i) FRAMEQUILT_INLINE {
-    const VF sum = hn::Load(DF(), sums + r * kIntegerSumStride + i);
-    return ScaledSum(args, inputs, row + r, column + i, sum);
-  });
-}
-
 template <int kBits, bool kCentered>
 void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
   const LinearWeights& w = *item.args.w;
@@ -276,10 +268,7 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
 #if FRAMEQUILT_HAVE_AMX
   const int64_t inputs_at_once = inputs.span > 256 ? kIntegerInputs : 256;
 #else
-  // Panels of even size, in whole spans.
-  const int64_t spans = (padded + inputs.span - 1) / inputs.span;
-  const int64_t most = MostIntegerInputs() / inputs.span, panels = (spans + most - 1) / most;
-  const int64_t inputs_at_once = inputs.span * ((spans + panels - 1) / panels);
+  const int64_t inputs_at_once = EvenPanelInputs(padded, inputs.span, MostIntegerInputs());
 #endif
   ForPanels(
       item, padded, inputs_at_once, kIntegerPanelColumns,
@@ -321,7 +310,8 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
       },
       [&](int64_t first, int64_t count, int64_t columns) {
         FinishScaledRows(item.args, inputs, item.row_begin + first, count, item.column_begin,
-                         columns, scratch.sums.data() + first * kIntegerSumStride);
+                         columns, scratch.sums.data() + first * kIntegerSumStride,
+                         kIntegerSumStride);
       });
 }
 

@@ -247,24 +247,12 @@ HWY_NOINLINE void Unpack(const LinearWeights& w, int64_t span, int64_t unit, int
   }
 }
 
-HWY_NOINLINE void FinishScaledRows(const ops::LinearArgs& args, const Inputs& inputs, int64_t row,
-                                   int64_t rows, int64_t column, int64_t count, const float* sums) {
-  FinishRowsOf(args, row, rows, column, count, [&](int64_t r, int64_t i) FRAMEQUILT_INLINE {
-    const VF sum = hn::Load(DF(), sums + r * kSumStride + i);
-    return ScaledSum(args, inputs, row + r, column + i, sum);
-  });
-}
-
 template <int kBits>
 void Item(const PanelPiece& item, const Inputs& inputs, const RowScratch& of_rows) {
   const LinearWeights& w = *item.args.w;
   Scratch& scratch = ThreadScratch();
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
-  // Panels of even size, in whole spans.
-  const int64_t spans = (padded + inputs.span - 1) / inputs.span;
-  const int64_t most = std::max<int64_t>(1, MostPanelInputs() / inputs.span);
-  const int64_t panels = (spans + most - 1) / most;
-  const int64_t inputs_at_once = inputs.span * ((spans + panels - 1) / panels);
+  const int64_t inputs_at_once = EvenPanelInputs(padded, inputs.span, MostPanelInputs());
   ForPanels(
       item, padded, inputs_at_once, kColumns,
       [&](const LinearWeights& next, int64_t column, int64_t begin) {
@@ -308,7 +296,7 @@ void Item(const PanelPiece& item, const Inputs& inputs, const RowScratch& of_row
       },
       [&](int64_t first, int64_t count, int64_t columns) {
         FinishScaledRows(item.args, inputs, item.row_begin + first, count, item.column_begin,
-                         columns, scratch.sums.data() + first * kSumStride);
+                         columns, scratch.sums.data() + first * kSumStride, kSumStride);
       });
 }
 

@@ -292,6 +292,14 @@ void PanelPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t least_ro
       });
 }
 
+// Inputs of a panel: whole spans, at least one, as many as `most` inputs have, or fewer where that
+// makes panels of even size.
+inline int64_t EvenPanelInputs(int64_t inputs, int64_t span, int64_t most) {
+  const int64_t spans = (inputs + span - 1) / span, at_once = std::max<int64_t>(1, most / span);
+  const int64_t panels = (spans + at_once - 1) / at_once;
+  return span * ((spans + panels - 1) / panels);
+}
+
 // The panels of one item: blocks of `inputs_at_once` of `inputs` inputs times `columns_at_once`
 // columns. For each calls unpack(begin, end, column) and multiply(begin, end, column, before,
 // after), which has to call before(first, count) and after(first, count) around the products of
