@@ -36,7 +36,7 @@ using EncoderCodes = EncoderWords;
 
 constexpr int64_t kTileQueries = EncoderCodes::kQueries;
 constexpr int64_t kValueTokens = 4;  // tokens whose values are stored together
-constexpr int64_t kRowsAhead = 8;
+constexpr int64_t kRowsAhead = 16;
 constexpr int64_t kLineFloats = 16;
 constexpr int kCodeBits = 8;  // of queries and keys, symmetric
 
@@ -72,6 +72,14 @@ struct Head {
   HWY_INLINE VF LoadPart(const float* row, int64_t d) const {
     const DF df;
     if (d + kLanes <= dims) return hn::LoadU(df, row + d);
+#if HWY_TARGET <= HWY_AVX3
+    // Not a whole vector that would reach into a line of the next head, which nobody asked for.
+    const hn::Half<DF> half;
+    if (d + kLanes / 2 >= dims) {
+      const auto some = hn::FirstN(half, static_cast<size_t>(dims - d));
+      return hn::ZeroExtendVector(df, hn::MaskedLoad(some, half, row + d));
+    }
+#endif
 #if HWY_TARGET <= HWY_AVX2
     return hn::MaskedLoad(hn::FirstN(df, static_cast<size_t>(dims - d)), df, row + d);
 #else  // reads whole vectors there

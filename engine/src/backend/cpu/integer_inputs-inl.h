@@ -30,7 +30,8 @@ constexpr int64_t kIntegerStreamRows = 8;
 
 // The quantized rows of one call: what every output needs.
 struct Inputs {
-  const int8_t* codes = nullptr;  // [rows, stride], zero from `in` to the padded width
+  // [rows, stride], zero from `in` to the padded width; nullptr where they went elsewhere
+  const int8_t* codes = nullptr;
   int64_t stride = 0;
   const float* sums = nullptr;  // [rows, spans]: of the codes of each span
   int64_t spans = 0;
@@ -298,6 +299,7 @@ inline void QuantizeBlocks(const float* x, int64_t n, int64_t span, const RowCod
 // What the rows of a call have in common.
 struct RowKind {
   int64_t n = 0, padded = 0, span = 0;
+  int64_t next = 0;  // from a row to the next one, which is asked for; 0 of a single row
   model::ActivationFormat format;
   PairLimits limits;
 };
@@ -347,6 +349,9 @@ HWY_NOINLINE void QuantizeRow(const float* x, const RowKind& kind, const RowOutp
     float* sum = to.sums;
     for (int64_t begin = 0; begin < n; begin += span) {
       const int64_t count = std::min(span, n - begin);
+      if (kind.next != 0) {
+        for (int64_t i = begin; i < begin + count; i += 16) __builtin_prefetch(x + kind.next + i);
+      }
       *sum++ = static_cast<float>(code.OfSpan(x + begin, count, to.codes + begin));
     }
   } else {
@@ -362,9 +367,16 @@ inline int64_t InputStride(const LinearWeights& w) {
   return padded + (padded % 1024 < 64 ? 64 : 0);
 }
 
+// Codes of a row that go elsewhere, of this thread.
+inline int8_t* OwnRow(int64_t bytes) {
+  static thread_local AlignedBuffer<int8_t> own;
+  own.reserve(static_cast<size_t>(bytes));
+  return own.data();
+}
+
 // For weights of kBits bits. after_row(codes, sums, r) is called when those of row r are complete,
-// by any thread, and may change the codes.
-template <int kBits, class AfterRow>
+// by any thread, and may change the codes. kKeep: they stay, else the next row's take their place.
+template <int kBits, bool kKeep, class AfterRow>
 Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool, const AfterRow& after_row) {
   static thread_local InputScratch own;  // of the engine thread; the pool's threads write to it
   InputScratch& scratch = own;
@@ -377,12 +389,13 @@ Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool, const After
   inputs.block = std::min(inputs.span, kPairBlock);
   inputs.blocks = (w.in + inputs.block - 1) / inputs.block;
   const size_t rows = static_cast<size_t>(args.rows);
-  scratch.codes.reserve((rows + kSpareRows) * static_cast<size_t>(inputs.stride) + kSpareBytes);
+  if (kKeep)
+    scratch.codes.reserve((rows + kSpareRows) * static_cast<size_t>(inputs.stride) + kSpareBytes);
   scratch.sums.reserve((rows + kSpareRows) * static_cast<size_t>(inputs.spans));
   scratch.scales.reserve(rows);
   scratch.zeros.reserve(rows);
   if (!FRAMEQUILT_DIRECT_DOT) scratch.periods.reserve(rows * static_cast<size_t>(inputs.blocks));
-  inputs.codes = scratch.codes.data();
+  inputs.codes = kKeep ? scratch.codes.data() : nullptr;
   inputs.sums = scratch.sums.data();
   inputs.scales = scratch.scales.data();
   inputs.zeros = scratch.zeros.data();
@@ -391,7 +404,11 @@ Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool, const After
   // are read once, and adding them up would take as long as another row.
   const bool pairs = !FRAMEQUILT_DIRECT_DOT && args.rows > 1;
   const bool many = args.rows > kIntegerStreamRows;
-  RowKind kind{.n = w.in, .padded = padded, .span = inputs.span, .format = args.activations};
+  RowKind kind{.n = w.in,
+               .padded = padded,
+               .span = inputs.span,
+               .next = args.rows > 1 ? args.x_stride : 0,
+               .format = args.activations};
   kind.limits = {.most = kMostPairInputs<kBits>, .safe = kDotPeriod<kBits>};
   const bool centered = pairs && many && !args.activations.symmetric && inputs.span <= kPairBlock;
   kind.limits.centered = centered;
@@ -402,8 +419,10 @@ Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool, const After
   const auto quantize_row = pairs ? &QuantizeRow<!FRAMEQUILT_DIRECT_DOT> : &QuantizeRow<false>;
   const auto quantize = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
+      int8_t* const codes =
+          kKeep ? scratch.codes.data() + r * inputs.stride : OwnRow(inputs.stride + kSpareBytes);
       quantize_row(args.x + r * args.x_stride, kind,
-                   {.codes = scratch.codes.data() + r * inputs.stride,
+                   {.codes = codes,
                     .sums = scratch.sums.data() + r * inputs.spans,
                     .scale = scratch.scales.data() + r,
                     .zero = scratch.zeros.data() + r,
@@ -412,8 +431,7 @@ Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool, const After
         const auto minus = static_cast<uint16_t>(-static_cast<int32_t>(scratch.zeros[r]));
         scratch.minus_zeros[r] = minus * 0x10001u;
       }
-      after_row(scratch.codes.data() + r * inputs.stride, scratch.sums.data() + r * inputs.spans,
-                r);
+      after_row(codes, scratch.sums.data() + r * inputs.spans, r);
     }
   };
   // Handing out a few kilobytes takes longer than quantizing them.
@@ -430,7 +448,7 @@ Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool, const After
 }
 template <int kBits>
 Inputs QuantizeInputs(const ops::LinearArgs& args, ThreadPool& pool) {
-  return QuantizeInputs<kBits>(args, pool, [](int8_t*, const float*, int64_t) {});
+  return QuantizeInputs<kBits, true>(args, pool, [](int8_t*, const float*, int64_t) {});
 }
 
 }  // namespace FRAMEQUILT_DOT_NAMESPACE

@@ -89,7 +89,7 @@ void PanelItem(const PanelPiece& item, const PanelFormat& format) {
 }
 
 void RunPanels(const ops::LinearArgs& args, ThreadPool& pool, const PanelFormat& format) {
-  PanelPieces(args, pool, kWorthUnpacking, kRowBlock, kGroupColumns, kPanelColumns,
+  PanelPieces(args, pool, kWorthUnpacking, kRowBlock, kGroupColumns, kPanelColumns, 1,
               [&](const PanelPiece& piece) { PanelItem(piece, format); });
 }
 

@@ -387,7 +387,7 @@ void RunPairs(const ops::LinearArgs& args, ThreadPool& pool) {
       Format::kCodes ? std::min<int64_t>(args.w->group, quant::kRoundedSpan) : quant::kRoundedSpan;
   const RoundedInputs inputs = RoundInputs<Format::kInOrder>(args, pool, span);
   if (args.rows <= kPairStreamRows) return StreamAllPairs<Format>(args, inputs, pool);
-  PanelPieces(args, pool, kWorthUnpacking, kPairRowBlock, kPairGroupColumns, kPairColumns,
+  PanelPieces(args, pool, kWorthUnpacking, kPairRowBlock, kPairGroupColumns, kPairColumns, 1,
               [&](const PanelPiece& piece) { PairItem<Format>(piece, inputs); });
 }
 

@@ -318,7 +318,7 @@ void IntegerItem(const PanelPiece& item, const Inputs& inputs) {
 template <int kBits>
 void IntegerPanels(const ops::LinearArgs& args, const Inputs& inputs, ThreadPool& pool) {
   PanelPieces(args, pool, kIntegerLeastRowsOfThread, kIntegerRowBlock, kIntegerGroupColumns,
-              kIntegerColumns, [&](const PanelPiece& piece) {
+              kIntegerColumns, 1, [&](const PanelPiece& piece) {
                 constexpr bool kPairs = !FRAMEQUILT_DIRECT_DOT;
                 if (kPairs && inputs.minus_zeros != nullptr) {
                   IntegerItem<kBits, kPairs>(piece, inputs);

@@ -44,7 +44,7 @@ namespace HWY_NAMESPACE {
 inline namespace winograd {  // other linears have functions of these names
 #if FRAMEQUILT_HAVE_DOT && HWY_TARGET == HWY_AVX3_DL
 
-constexpr int kVectors = 4, kMicroRows = 5;
+constexpr int kVectors = 4;
 constexpr int64_t kColumns = kVectors * kLanes;  // of a panel, and of one item of work
 constexpr int64_t kSumStride = kColumns + kLanes;
 constexpr int64_t kRowBlock = 512;  // rows of one item of work
@@ -69,23 +69,25 @@ inline Scratch& ThreadScratch() {
   scratch.panel.reserve(kPanelInputs / 4 * kColumns);
   scratch.numbers.reserve(kSpans * 2 * kColumns);
   scratch.starts.reserve(kSpans * kMostBases * kColumns);
-  scratch.sums.reserve(kRowBlock * kSumStride);
+  scratch.sums.reserve((kRowBlock + kMicroRows) * kSumStride);
   return scratch;
 }
 
 // What the rows of a call have beside Inputs, of the engine thread; the pool's threads write to it.
 struct RowScratch {
+  AlignedBuffer<int8_t> codes;      // FoldedCodes
   AlignedBuffer<FoldedSpan> spans;  // [spans, rows]: the rows of a micro kernel side by side
   AlignedBuffer<int8_t> rest;       // [rows, Inputs::stride]
+  FoldedCodes folded;
 };
 
 // A panel times the same inputs of some rows, added to sums.
 struct Block {
-  const int8_t* x = nullptr;  // [rows, x_stride]
-  int64_t x_stride = 0;
+  const int8_t* x = nullptr;          // [periods, kMicroRows, kPeriod]
   const FoldedSpan* spans = nullptr;  // of the rows at the panel's first span
   int64_t span_stride = 0;
-  const int8_t* rest = nullptr;  // [rows, x_stride]
+  const int8_t* rest = nullptr;  // [rows, rest_stride]
+  int64_t rest_stride = 0;
   const uint32_t *panel = nullptr, *starts = nullptr;
   const float* numbers = nullptr;
   int64_t steps = 0, span_steps = 0;
@@ -101,7 +103,7 @@ HWY_INLINE void AddRest(const Block& b, int64_t begin, const FoldedSpan* HWY_RES
   Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
     for (uint32_t left = spans[r].beyond; left != 0; left &= left - 1) {
       const int64_t step = begin + std::countr_zero(left) * kPeriod / 4;
-      const int8_t* const rest = b.rest + r * b.x_stride + 4 * step;
+      const int8_t* const rest = b.rest + r * b.rest_stride + 4 * step;
       const VU first = FourInputs(rest), second = FourInputs(rest + 4);
       const uint32_t* const words = b.panel + step * kColumns;
       Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
@@ -129,15 +131,15 @@ HWY_INLINE void StartSpan(const FoldedSpan* HWY_RESTRICT spans, const uint32_t* 
 
 // Two words of each row times those of all columns.
 template <int kRows, bool kFolded>
-HWY_INLINE void AddPair(const int8_t* HWY_RESTRICT x, int64_t x_stride,
-                        const uint32_t* HWY_RESTRICT words, VI* totals) {
+HWY_INLINE void AddPair(const int8_t* HWY_RESTRICT x, const uint32_t* HWY_RESTRICT words,
+                        VI* totals) {
   VU first[kVectors], second[kVectors];
   Unrolled<kVectors>([&](auto v) FRAMEQUILT_INLINE {
     first[v] = hn::Load(DU(), words + v * kLanes);
     second[v] = hn::Load(DU(), words + kColumns + v * kLanes);
   });
   Unrolled<kRows>([&](auto r) FRAMEQUILT_INLINE {
-    const int8_t* const inputs = x + r * x_stride;
+    const int8_t* const inputs = x + r * kPeriod;
     VI* const of_row = totals + r * kVectors;
     if constexpr (kFolded) {
       AddFolded(inputs, first, second, of_row);
@@ -163,13 +165,12 @@ HWY_INLINE void AddSpanProducts(const Block& b, int64_t begin, const FoldedSpan*
   StartSpan<kRows>(spans, starts, totals);
   if (beyond != 0) [[unlikely]]
     AddRest<kRows>(b, begin, spans, totals);
-  const int64_t x_stride = b.x_stride;
   const uint32_t* HWY_RESTRICT words = b.panel + begin * kColumns;
-  const int8_t* HWY_RESTRICT x = b.x + 4 * begin;
-  const int8_t* const x_end = b.x + 4 * std::min(begin + b.span_steps, b.steps);
-  for (; x < x_end; x += kPeriod, words += kPeriod / 4 * kColumns) {
-    AddPair<kRows, true>(x, x_stride, words, totals);
-    AddPair<kRows, false>(x + kPairInputs, x_stride, words + kPairInputs / 4 * kColumns, totals);
+  const int8_t* HWY_RESTRICT x = b.x + 4 * begin * kMicroRows;
+  const int8_t* const x_end = b.x + 4 * std::min(begin + b.span_steps, b.steps) * kMicroRows;
+  for (; x < x_end; x += kPeriodBytes, words += kPeriod / 4 * kColumns) {
+    AddPair<kRows, true>(x, words, totals);
+    AddPair<kRows, false>(x + kPairInputs, words + kPairInputs / 4 * kColumns, totals);
   }
   float* HWY_RESTRICT sums = b.sums;
   // Two vectors of columns at a time: the numbers of four would not stay in registers.
@@ -252,7 +253,7 @@ void Item(const PanelPiece& item, const Inputs& inputs, const RowScratch& of_row
   const LinearWeights& w = *item.args.w;
   Scratch& scratch = ThreadScratch();
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
-  const int64_t inputs_at_once = EvenPanelInputs(padded, inputs.span, MostPanelInputs());
+  const int64_t inputs_at_once = of_rows.folded.panel;
   ForPanels(
       item, padded, inputs_at_once, kColumns,
       [&](const LinearWeights& next, int64_t column, int64_t begin) {
@@ -268,11 +269,11 @@ void Item(const PanelPiece& item, const Inputs& inputs, const RowScratch& of_row
       },
       [&](int64_t begin, int64_t end, int64_t, const auto& before, const auto& after) {
         const int64_t span = begin / inputs.span, first_row = item.row_begin;
-        const Block b{.x = inputs.codes + first_row * inputs.stride + begin,
-                      .x_stride = inputs.stride,
+        const Block b{.x = of_rows.folded.Group(first_row, begin),
                       .spans = of_rows.spans.data() + span * item.args.rows + first_row,
                       .span_stride = item.args.rows,
                       .rest = of_rows.rest.data() + first_row * inputs.stride + begin,
+                      .rest_stride = inputs.stride,
                       .panel = scratch.panel.data(),
                       .starts = scratch.starts.data(),
                       .numbers = scratch.numbers.data(),
@@ -283,16 +284,17 @@ void Item(const PanelPiece& item, const Inputs& inputs, const RowScratch& of_row
         // Not copied anew for every tile: by vectors, whose parts are not at hand when they are
         // read.
         Block part = b;
-        ForTiles(item.row_end - first_row, kMicroRows,
-                 [&](int64_t row, int64_t count) FRAMEQUILT_INLINE {
-                   before(row, count);
-                   part.x = b.x + row * b.x_stride;
-                   part.spans = b.spans + row;
-                   part.rest = b.rest + row * b.x_stride;
-                   part.sums = b.sums + row * kSumStride;
-                   kMicros[static_cast<size_t>(count - 1)](part);
-                   after(row, count);
-                 });
+        const int64_t group_bytes = 4 * b.steps * kMicroRows;
+        for (int64_t row = 0; row < item.row_end - first_row; row += kMicroRows) {
+          const int64_t count = std::min<int64_t>(kMicroRows, item.row_end - first_row - row);
+          before(row, count);
+          kMicros[static_cast<size_t>(count - 1)](part);
+          after(row, count);
+          part.x += group_bytes;
+          part.spans += kMicroRows;
+          part.rest += kMicroRows * b.rest_stride;
+          part.sums += kMicroRows * kSumStride;
+        }
       },
       [&](int64_t first, int64_t count, int64_t columns) {
         FinishScaledRows(item.args, inputs, item.row_begin + first, count, item.column_begin,
@@ -313,14 +315,19 @@ void Run(const ops::LinearArgs& args, ThreadPool& pool) {
   const auto spans = static_cast<size_t>((w.in + span - 1) / span);
   scratch.spans.reserve(rows * spans);
   scratch.rest.reserve(rows * static_cast<size_t>(InputStride(w)));
+  scratch.folded = {.rows = (args.rows + kMicroRows - 1) / kMicroRows * kMicroRows,
+                    .inputs = padded,
+                    .panel = EvenPanelInputs(padded, span, MostPanelInputs())};
+  scratch.codes.reserve(static_cast<size_t>(scratch.folded.rows * padded));
+  scratch.folded.codes = scratch.codes.data();
   const Inputs inputs =
-      QuantizeInputs<kBits>(args, pool, [&](int8_t* codes, const float* sums, int64_t r) {
-        FoldRow<kBits>(codes, sums, padded, span,
+      QuantizeInputs<kBits, false>(args, pool, [&](int8_t* codes, const float* sums, int64_t r) {
+        FoldRow<kBits>(codes, sums, span, r, scratch.folded,
                        {.spans = scratch.spans.data() + r,
                         .stride = args.rows,
                         .rest = scratch.rest.data() + r * InputStride(w)});
       });
-  PanelPieces(args, pool, kWorthUnpacking, kRowBlock, kColumns, kColumns,
+  PanelPieces(args, pool, kWorthUnpacking, kRowBlock, kColumns, kColumns, kMicroRows,
               [&](const PanelPiece& piece) { Item<kBits>(piece, inputs, scratch); });
 }
 

@@ -260,10 +260,12 @@ constexpr int64_t kWorthUnpacking = 128;  // rows of a thread
 
 // Calls run(piece) for all rows and columns of all linears of a call: many rows. A thread keeps to
 // its rows as long as there are `least_rows` of them: other ops share rows in the same way, and
-// what one has written is then in the cache of the core that reads it.
+// what one has written is then in the cache of the core that reads it. Pieces begin at multiples of
+// `row_unit` rows.
 template <class Run>
 void PanelPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t least_rows,
-                 int64_t most_rows, int64_t most_columns, int64_t least_columns, const Run& run) {
+                 int64_t most_rows, int64_t most_columns, int64_t least_columns, int64_t row_unit,
+                 const Run& run) {
   const int64_t own = std::clamp<int64_t>(args.rows / least_rows, 1, pool.threads());
   const int64_t blocks = own * ((args.rows + own * most_rows - 1) / (own * most_rows));
   const auto columns = [](const ops::LinearArgs& one) { return int64_t{one.w->tiles} * kTileRows; };
@@ -277,14 +279,18 @@ void PanelPieces(const ops::LinearArgs& args, ThreadPool& pool, int64_t least_ro
     const int64_t w = width(one);
     return (columns(one) + w - 1) / w;
   };
+  const int64_t units = (args.rows + row_unit - 1) / row_unit;
+  const auto first_row = [&](int64_t block) {
+    return std::min(args.rows, units * block / blocks * row_unit);
+  };
   ForPieces(
       args, pool, blocks, groups,
       [&](const ops::LinearArgs& first, const ops::LinearArgs& one, int64_t block, int64_t group) {
         const int64_t w = width(one), column = group * w;
         const bool in_run = one.next != nullptr && one.next->multiply;
         run(PanelPiece{.args = one,
-                       .row_begin = args.rows * block / blocks,
-                       .row_end = args.rows * (block + 1) / blocks,
+                       .row_begin = first_row(block),
+                       .row_end = first_row(block + 1),
                        .column_begin = column,
                        .column_end = std::min(columns(one), column + w),
                        .next = in_run ? *one.next : first,

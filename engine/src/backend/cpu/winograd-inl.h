@@ -60,6 +60,30 @@ struct FoldedSpan {
   uint32_t beyond;  // bit i: some codes of the i-th folded pair lie beyond the window
 };
 
+constexpr int kMicroRows = 5;  // that are multiplied at once
+constexpr int64_t kPeriodBytes = kMicroRows * kPeriod;
+
+// What is multiplied of the inputs, in the order in which it is read, so that hardware prefetchers
+// can follow: panels of `panel` inputs (whole spans), in each of them groups of kMicroRows rows, in
+// these one period of all rows after the other.
+struct FoldedCodes {
+  int8_t* codes = nullptr;
+  int64_t rows = 0;    // whole groups
+  int64_t inputs = 0;  // whole periods
+  int64_t panel = 0;
+
+  // Of the panel that begins at input `begin`, of the group that begins at `row`.
+  int8_t* Group(int64_t row, int64_t begin) const {
+    return codes + begin * rows + row * std::min(panel, inputs - begin);
+  }
+  // Of a row, from an input on that is a multiple of kPeriod; the next period lies kPeriodBytes
+  // further.
+  int8_t* Row(int64_t row, int64_t input) const {
+    const int64_t begin = input / panel * panel, in_group = row % kMicroRows;
+    return Group(row - in_group, begin) + (input - begin) * kMicroRows + in_group * kPeriod;
+  }
+};
+
 // Where a row's spans go, and what is left of its codes beyond their windows: at the place of the
 // codes, all of a span that has any.
 struct FoldedRow {
@@ -102,11 +126,12 @@ HWY_INLINE int BaseOf(CodeRange range) {
                        : std::clamp((first + last) / 2, 0, kLast);
 }
 
-// Turns the codes of a row into what is multiplied, span by span; `sums` are those of the spans.
-// `n` inputs, whole periods.
+// Turns the codes of row `row` into what is multiplied, span by span; `sums` are those of the
+// spans.
 template <int kBits>
-HWY_NOINLINE void FoldRow(int8_t* codes, const float* sums, int64_t n, int64_t span,
-                          const FoldedRow& to) {
+HWY_NOINLINE void FoldRow(int8_t* codes, const float* sums, int64_t span, int64_t row,
+                          const FoldedCodes& folded_codes, const FoldedRow& to) {
+  const int64_t n = folded_codes.inputs;
   const DB d8;
   const hn::Repartition<uint64_t, DI> d64;
   constexpr int64_t kBytes = 4 * kLanes;
@@ -148,9 +173,15 @@ HWY_NOINLINE void FoldRow(int8_t* codes, const float* sums, int64_t n, int64_t s
     const uint64_t of_pair = uint64_t{of_first ^ 0x80808080u} << 32 | of_first;
     const VB shift = hn::And(hn::BitCast(d8, hn::Set(d64, of_pair)), folded);
     VI products = hn::Zero(DI());
+    int8_t* period = folded_codes.Row(row, begin);
     for_vectors([&](int64_t i, auto some) FRAMEQUILT_INLINE {
       const VB v = hn::IfThenElseZero(some, hn::Add(hn::MaskedLoad(some, d8, x + i), shift));
-      hn::BlendedStore(v, some, d8, x + i);
+      Unrolled<kBytes / kPeriod>([&](auto p) FRAMEQUILT_INLINE {
+        if (i + p * kPeriod >= count) return;
+        _mm_store_si128(reinterpret_cast<__m128i*>(period + p * kPeriodBytes),
+                        _mm512_extracti32x4_epi32(v.raw, p));
+      });
+      period += kBytes / kPeriod * kPeriodBytes;
       const auto second = hn::ShiftRight<32>(hn::BitCast(d64, hn::And(v, folded)));
       products = DirectDot(products, hn::BitCast(DU(), v), hn::BitCast(DU(), second));
     });
