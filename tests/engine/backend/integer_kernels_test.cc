@@ -99,7 +99,7 @@ TEST_P(IntegerKernels, EqualTheReferenceForOddShapes) {
 }
 
 TEST_P(IntegerKernels, ValueOfARowDoesNotDependOnTheOthersNorOnThreads) {
-  const int64_t rows = 300;  // so many that threads share them
+  const int64_t rows = 303;  // so many that threads share them, in odd parts
   const int in = 1100, out = 150;
   const Problem problem(GetParam().weights, out, in, rows, true, false, GetParam().activations);
   const LinearFn fn = kernel();
@@ -108,7 +108,7 @@ TEST_P(IntegerKernels, ValueOfARowDoesNotDependOnTheOthersNorOnThreads) {
   ThreadPool pool(1);
   std::vector<float> pieces = problem.fresh_output();
   int64_t begin = 0;
-  for (const int64_t count : {1, 2, 3, 4, 5, 6, 8, 11, 24, 50, 87, 99}) {
+  for (const int64_t count : {1, 2, 3, 4, 5, 6, 8, 11, 24, 50, 87, 102}) {
     ops::LinearArgs part = problem.args;
     part.x += begin * part.x_stride;
     part.y = pieces.data() + begin * part.y_stride;
@@ -118,6 +118,12 @@ TEST_P(IntegerKernels, ValueOfARowDoesNotDependOnTheOthersNorOnThreads) {
   }
   ASSERT_EQ(begin, rows);
   EXPECT_SAME_BITS(pieces, together);
+}
+
+// More rows than a thread takes at once, and not a multiple of what it takes.
+TEST_P(IntegerKernels, EqualTheReferenceForManyRows) {
+  const Problem problem(GetParam().weights, 20, 70, 1023, true, false, GetParam().activations);
+  expect_reference(problem, 1);
 }
 
 // The largest sums there can be: every code and every input at an end of its range, over more
