@@ -73,20 +73,17 @@ inline Scratch& ThreadScratch() {
   return scratch;
 }
 
-// What the rows of a call have beside Inputs, of the engine thread; the pool's threads write to it.
+// Of FoldedRows; the engine thread's, the pool's threads write to it.
 struct RowScratch {
-  AlignedBuffer<int8_t> codes;      // FoldedCodes
-  AlignedBuffer<FoldedSpan> spans;  // [spans, rows]: the rows of a micro kernel side by side
-  AlignedBuffer<int8_t> rest;       // [rows, Inputs::stride]
-  FoldedCodes folded;
+  AlignedBuffer<int8_t> codes, rest;
+  AlignedBuffer<FoldedSpan> spans;
 };
 
 // A panel times the same inputs of some rows, added to sums.
 struct Block {
   const int8_t* x = nullptr;          // [periods, kMicroRows, kPeriod]
-  const FoldedSpan* spans = nullptr;  // of the rows at the panel's first span
-  int64_t span_stride = 0;
-  const int8_t* rest = nullptr;  // [rows, rest_stride]
+  const FoldedSpan* spans = nullptr;  // [spans, kMicroRows]
+  const int8_t* rest = nullptr;       // [rows, rest_stride]
   int64_t rest_stride = 0;
   const uint32_t *panel = nullptr, *starts = nullptr;
   const float* numbers = nullptr;
@@ -200,7 +197,7 @@ HWY_NOINLINE void Micro(const Block& b) {
   int64_t begin = 0;
   const auto next = [&]() FRAMEQUILT_INLINE {
     begin += b.span_steps;
-    spans += b.span_stride;
+    spans += kMicroRows;
     starts += kMostBases * kColumns;
     numbers += 2 * kColumns;
   };
@@ -249,11 +246,11 @@ HWY_NOINLINE void Unpack(const LinearWeights& w, int64_t span, int64_t unit, int
 }
 
 template <int kBits>
-void Item(const PanelPiece& item, const Inputs& inputs, const RowScratch& of_rows) {
+void Item(const PanelPiece& item, const Inputs& inputs, const FoldedRows& rows) {
   const LinearWeights& w = *item.args.w;
   Scratch& scratch = ThreadScratch();
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
-  const int64_t inputs_at_once = of_rows.folded.panel;
+  const int64_t inputs_at_once = rows.panel;
   ForPanels(
       item, padded, inputs_at_once, kColumns,
       [&](const LinearWeights& next, int64_t column, int64_t begin) {
@@ -268,12 +265,11 @@ void Item(const PanelPiece& item, const Inputs& inputs, const RowScratch& of_row
         }
       },
       [&](int64_t begin, int64_t end, int64_t, const auto& before, const auto& after) {
-        const int64_t span = begin / inputs.span, first_row = item.row_begin;
-        const Block b{.x = of_rows.folded.Group(first_row, begin),
-                      .spans = of_rows.spans.data() + span * item.args.rows + first_row,
-                      .span_stride = item.args.rows,
-                      .rest = of_rows.rest.data() + first_row * inputs.stride + begin,
-                      .rest_stride = inputs.stride,
+        const int64_t first_row = item.row_begin;
+        const Block b{.x = rows.Codes(first_row, begin),
+                      .spans = rows.Spans(first_row, begin),
+                      .rest = rows.rest + first_row * rows.rest_stride + begin,
+                      .rest_stride = rows.rest_stride,
                       .panel = scratch.panel.data(),
                       .starts = scratch.starts.data(),
                       .numbers = scratch.numbers.data(),
@@ -285,13 +281,14 @@ void Item(const PanelPiece& item, const Inputs& inputs, const RowScratch& of_row
         // read.
         Block part = b;
         const int64_t group_bytes = 4 * b.steps * kMicroRows;
+        const int64_t group_spans = rows.SpansOfPanel(begin) * kMicroRows;
         for (int64_t row = 0; row < item.row_end - first_row; row += kMicroRows) {
           const int64_t count = std::min<int64_t>(kMicroRows, item.row_end - first_row - row);
           before(row, count);
           kMicros[static_cast<size_t>(count - 1)](part);
           after(row, count);
           part.x += group_bytes;
-          part.spans += kMicroRows;
+          part.spans += group_spans;
           part.rest += kMicroRows * b.rest_stride;
           part.sums += kMicroRows * kSumStride;
         }
@@ -311,24 +308,23 @@ void Run(const ops::LinearArgs& args, ThreadPool& pool) {
   RowScratch& scratch = own;
   const int64_t padded = (w.in + kHalfInputs - 1) / kHalfInputs * kHalfInputs;
   const int64_t span = std::min<int64_t>(w.group, quant::kIntegerSpan);
-  const auto rows = static_cast<size_t>(args.rows);
-  const auto spans = static_cast<size_t>((w.in + span - 1) / span);
-  scratch.spans.reserve(rows * spans);
-  scratch.rest.reserve(rows * static_cast<size_t>(InputStride(w)));
-  scratch.folded = {.rows = (args.rows + kMicroRows - 1) / kMicroRows * kMicroRows,
-                    .inputs = padded,
-                    .panel = EvenPanelInputs(padded, span, MostPanelInputs())};
-  scratch.codes.reserve(static_cast<size_t>(scratch.folded.rows * padded));
-  scratch.folded.codes = scratch.codes.data();
-  const Inputs inputs =
-      QuantizeInputs<kBits, false>(args, pool, [&](int8_t* codes, const float* sums, int64_t r) {
-        FoldRow<kBits>(codes, sums, span, r, scratch.folded,
-                       {.spans = scratch.spans.data() + r,
-                        .stride = args.rows,
-                        .rest = scratch.rest.data() + r * InputStride(w)});
-      });
+  FoldedRows folded = {.rest_stride = InputStride(w),
+                       .rows = (args.rows + kMicroRows - 1) / kMicroRows * kMicroRows,
+                       .inputs = padded,
+                       .panel = EvenPanelInputs(padded, span, MostPanelInputs()),
+                       .span = span};
+  const auto reserve = [&](auto& buffer, int64_t of_row) {
+    buffer.reserve(static_cast<size_t>(folded.rows * of_row));
+    return buffer.data();
+  };
+  folded.codes = reserve(scratch.codes, padded);
+  folded.rest = reserve(scratch.rest, folded.rest_stride);
+  folded.spans = reserve(scratch.spans, (padded + span - 1) / span);
+  const Inputs inputs = QuantizeInputs<kBits, false>(
+      args, pool,
+      [&](int8_t* codes, const float* sums, int64_t r) { FoldRow<kBits>(codes, sums, r, folded); });
   PanelPieces(args, pool, kWorthUnpacking, kRowBlock, kColumns, kColumns, kMicroRows,
-              [&](const PanelPiece& piece) { Item<kBits>(piece, inputs, scratch); });
+              [&](const PanelPiece& piece) { Item<kBits>(piece, inputs, folded); });
 }
 
 #else

@@ -65,31 +65,26 @@ constexpr int64_t kPeriodBytes = kMicroRows * kPeriod;
 
 // What is multiplied of the inputs, in the order in which it is read, so that hardware prefetchers
 // can follow: panels of `panel` inputs (whole spans), in each of them groups of kMicroRows rows, in
-// these one period of all rows after the other.
-struct FoldedCodes {
+// these one period of all rows after the other, and likewise one span.
+struct FoldedRows {
   int8_t* codes = nullptr;
-  int64_t rows = 0;    // whole groups
-  int64_t inputs = 0;  // whole periods
-  int64_t panel = 0;
+  FoldedSpan* spans = nullptr;
+  int8_t* rest = nullptr;   // what is left of codes beyond their windows: of a row that has any,
+  int64_t rest_stride = 0;  // in the order of its inputs
+  int64_t rows = 0;         // whole groups
+  int64_t inputs = 0;       // whole periods
+  int64_t panel = 0, span = 0;
 
   // Of the panel that begins at input `begin`, of the group that begins at `row`.
-  int8_t* Group(int64_t row, int64_t begin) const {
+  int8_t* Codes(int64_t row, int64_t begin) const {
     return codes + begin * rows + row * std::min(panel, inputs - begin);
   }
-  // Of a row, from an input on that is a multiple of kPeriod; the next period lies kPeriodBytes
-  // further.
-  int8_t* Row(int64_t row, int64_t input) const {
-    const int64_t begin = input / panel * panel, in_group = row % kMicroRows;
-    return Group(row - in_group, begin) + (input - begin) * kMicroRows + in_group * kPeriod;
+  FoldedSpan* Spans(int64_t row, int64_t begin) const {
+    return spans + begin / span * rows + row * SpansOfPanel(begin);
   }
-};
-
-// Where a row's spans go, and what is left of its codes beyond their windows: at the place of the
-// codes, all of a span that has any.
-struct FoldedRow {
-  FoldedSpan* spans = nullptr;  // `stride` apart
-  int64_t stride = 0;
-  int8_t* rest = nullptr;
+  int64_t SpansOfPanel(int64_t begin) const {
+    return (std::min(panel, inputs - begin) + span - 1) / span;
+  }
 };
 
 struct CodeRange {
@@ -129,9 +124,11 @@ HWY_INLINE int BaseOf(CodeRange range) {
 // Turns the codes of row `row` into what is multiplied, span by span; `sums` are those of the
 // spans.
 template <int kBits>
-HWY_NOINLINE void FoldRow(int8_t* codes, const float* sums, int64_t span, int64_t row,
-                          const FoldedCodes& folded_codes, const FoldedRow& to) {
-  const int64_t n = folded_codes.inputs;
+HWY_NOINLINE void FoldRow(int8_t* codes, const float* sums, int64_t row, const FoldedRows& to) {
+  const int64_t n = to.inputs, span = to.span, lane = row % kMicroRows;
+  int8_t* const rest_of_row = to.rest + row * to.rest_stride;
+  int8_t* period = nullptr;
+  FoldedSpan* of_span = nullptr;
   const DB d8;
   const hn::Repartition<uint64_t, DI> d64;
   constexpr int64_t kBytes = 4 * kLanes;
@@ -139,6 +136,10 @@ HWY_NOINLINE void FoldRow(int8_t* codes, const float* sums, int64_t span, int64_
   for (int64_t begin = 0, s = 0; begin < n; begin += span, ++s) {
     const int64_t count = std::min(span, n - begin);
     int8_t* const x = codes + begin;
+    if (begin % to.panel == 0) {
+      period = to.Codes(row - lane, begin) + lane * kPeriod;
+      of_span = to.Spans(row - lane, begin) + lane;
+    }
     const auto for_vectors = [&](const auto& f) FRAMEQUILT_INLINE {
       int64_t i = 0;
       for (; i + kBytes <= count; i += kBytes) f(i, hn::FirstN(d8, kBytes));
@@ -161,7 +162,7 @@ HWY_NOINLINE void FoldRow(int8_t* codes, const float* sums, int64_t span, int64_
       for_vectors([&](int64_t i, auto some) FRAMEQUILT_INLINE {
         const VB v = hn::MaskedLoad(some, d8, x + i);
         const VB rest = hn::And(hn::Sub(v, hn::Min(hn::Max(v, from), until)), folded);
-        hn::BlendedStore(rest, some, d8, to.rest + begin + i);
+        hn::BlendedStore(rest, some, d8, rest_of_row + begin + i);
         hn::BlendedStore(hn::Sub(v, rest), some, d8, x + i);
         HWY_ALIGN uint64_t pairs[kBytes / kPairInputs];
         hn::Store(hn::BitCast(d64, rest), d64, pairs);
@@ -173,7 +174,6 @@ HWY_NOINLINE void FoldRow(int8_t* codes, const float* sums, int64_t span, int64_
     const uint64_t of_pair = uint64_t{of_first ^ 0x80808080u} << 32 | of_first;
     const VB shift = hn::And(hn::BitCast(d8, hn::Set(d64, of_pair)), folded);
     VI products = hn::Zero(DI());
-    int8_t* period = folded_codes.Row(row, begin);
     for_vectors([&](int64_t i, auto some) FRAMEQUILT_INLINE {
       const VB v = hn::IfThenElseZero(some, hn::Add(hn::MaskedLoad(some, d8, x + i), shift));
       Unrolled<kBytes / kPeriod>([&](auto p) FRAMEQUILT_INLINE {
@@ -181,14 +181,15 @@ HWY_NOINLINE void FoldRow(int8_t* codes, const float* sums, int64_t span, int64_
         _mm_store_si128(reinterpret_cast<__m128i*>(period + p * kPeriodBytes),
                         _mm512_extracti32x4_epi32(v.raw, p));
       });
-      period += kBytes / kPeriod * kPeriodBytes;
+      period += std::min(kBytes, count - i) / kPeriod * kPeriodBytes;
       const auto second = hn::ShiftRight<32>(hn::BitCast(d64, hn::And(v, folded)));
       products = DirectDot(products, hn::BitCast(DU(), v), hn::BitCast(DU(), second));
     });
-    to.spans[s * to.stride] = {.start = -hn::GetLane(hn::SumOfLanes(DI(), products)),
-                               .sum = sums[s],
-                               .base = static_cast<uint32_t>(base),
-                               .beyond = beyond};
+    *of_span = {.start = -hn::GetLane(hn::SumOfLanes(DI(), products)),
+                .sum = sums[s],
+                .base = static_cast<uint32_t>(base),
+                .beyond = beyond};
+    of_span += kMicroRows;
   }
 }
 
