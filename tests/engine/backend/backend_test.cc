@@ -46,6 +46,31 @@ TEST(CpuBackend, TargetsLiveSideBySide) {
   }
 }
 
+TEST(CpuBackend, ExtensionsAttendWithKernelsOfTheirOwn) {
+  const quant::KvPageLayout layout = *quant::KvPageLayout::make({.k_bits = 8, .v_bits = 8}, 1, 64);
+  const std::vector<std::string> targets = cpu_targets();
+  const auto has = [&](const char* target) {
+    return std::find(targets.begin(), targets.end(), target) != targets.end();
+  };
+  struct Extension {
+    const char *name, *of;
+    bool pages;  // attention over codes of pages too, not only over those of a frame
+  };
+  for (const Extension& extension : {Extension{"avx2_vnni", "avx2", true},
+                                     {"avx3_amx", "avx3_dl", true},
+                                     {"avx3_zen4", "avx3_dl", false},
+                                     {"neon_dot", "neon", false},
+                                     {"neon_i8mm", "neon_dot", false}}) {
+    if (!has(extension.name)) continue;
+    const auto backend = backend_of(extension.name), below = backend_of(extension.of);
+    EXPECT_NE(*backend->encoder_attention(64, {.bits = 8}),
+              *below->encoder_attention(64, {.bits = 8}))
+        << extension.name;
+    EXPECT_EQ(*backend->attention(layout) != *below->attention(layout), extension.pages)
+        << extension.name;
+  }
+}
+
 #if FRAMEQUILT_AVX2_VNNI
 // Here only where the compiler can name the extensions; machines with AVX-VNNI alone have no check.
 TEST(CpuBackend, Avx2WithDotProductsComesBeforeAvx2) {

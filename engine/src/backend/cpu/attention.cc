@@ -467,11 +467,7 @@ namespace fq::backend::cpu {
 HWY_EXPORT(Attention);
 HWY_EXPORT(Importance);
 
-#if FRAMEQUILT_AMX
-void fill_amx_attention_kernels(Kernels& kernels) {
-#else
-void fill_attention_kernels(Kernels& kernels) {
-#endif
+void FRAMEQUILT_DOT_NAMESPACE::fill_attention_kernels(Kernels& kernels) {
   kernels.attention = &HWY_DYNAMIC_DISPATCH(Attention);
   kernels.importance = &HWY_DYNAMIC_DISPATCH(Importance);
 }

@@ -122,6 +122,8 @@ inline void WeightsOfRows(const float* p, int64_t rows, const PageParams& params
 
 // --- Products ----------------------------------------------------------------------------------
 
+inline namespace FRAMEQUILT_DOT_NAMESPACE {
+
 // Scores of some rows with a page's tokens, over the dims of one group.
 struct CodeScores {
   WordProducts products;          // words of the queries with those of K
@@ -268,6 +270,7 @@ void CodeProducts(X& whole, int64_t rows, int64_t columns) {
   whole.ahead = x.ahead;
 }
 
+}  // namespace FRAMEQUILT_DOT_NAMESPACE
 #endif
 }  // namespace HWY_NAMESPACE
 }  // namespace fq::backend::cpu

@@ -253,13 +253,7 @@ namespace fq::backend::cpu {
 
 HWY_EXPORT(IntegerEncoderAttention);
 
-#if FRAMEQUILT_AMX
-void fill_amx_encoder_attention_kernels(Kernels& kernels) {
-#elif FRAMEQUILT_FOLD
-void fill_fold_encoder_attention_kernels(Kernels& kernels) {
-#else
-void fill_integer_encoder_attention_kernels(Kernels& kernels) {
-#endif
+void FRAMEQUILT_DOT_NAMESPACE::fill_integer_encoder_attention_kernels(Kernels& kernels) {
   kernels.integer_encoder_attention = &HWY_DYNAMIC_DISPATCH(IntegerEncoderAttention);
 }
 

@@ -7,14 +7,6 @@
 // must be widened: that halves the work of the usual sequence. Codes that are too wide for the
 // instruction are cut into two planes of 4 bits: above 6 bits for pairs, so that none can overflow
 // (2 * 63 * 128), and above 7 where the instruction takes signed bytes only.
-//
-// Highway has one target for all NEON processors, and none for AVX2 with a dot product. A file that
-// defines one of these before it includes this is for processors with an extension:
-// FRAMEQUILT_NEON_DOT: 1 for SDOT (signed bytes), 2 for USDOT;
-// FRAMEQUILT_AVX2_DOT: 1 for AVX-VNNI, 2 for the same instruction as AVX-512 encodes it;
-// FRAMEQUILT_AMX: 1 for AVX-512 with VNNI and the matrix registers of AMX (amx-inl.h);
-// FRAMEQUILT_FOLD: 1 for AVX-512 with VNNI where adding is cheaper than multiplying
-// (winograd-inl.h).
 #if defined(FRAMEQUILT_CPU_INTEGER_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FRAMEQUILT_CPU_INTEGER_INL_H_
 #undef FRAMEQUILT_CPU_INTEGER_INL_H_
@@ -24,24 +16,8 @@
 
 #include "hwy/highway.h"
 #include "src/backend/cpu/amx-inl.h"
+#include "src/backend/cpu/extension.h"
 #include "src/backend/cpu/pieces-inl.h"
-
-#undef FRAMEQUILT_DOT_NAMESPACE
-#if FRAMEQUILT_NEON_DOT == 2
-#define FRAMEQUILT_DOT_NAMESPACE neon_i8mm
-#elif FRAMEQUILT_NEON_DOT == 1
-#define FRAMEQUILT_DOT_NAMESPACE neon_dot
-#elif FRAMEQUILT_AMX
-#define FRAMEQUILT_DOT_NAMESPACE amx
-#elif FRAMEQUILT_FOLD
-#define FRAMEQUILT_DOT_NAMESPACE fold
-#elif FRAMEQUILT_AVX2_DOT == 2
-#define FRAMEQUILT_DOT_NAMESPACE avx512_vnni
-#elif FRAMEQUILT_AVX2_DOT == 1
-#define FRAMEQUILT_DOT_NAMESPACE avx_vnni
-#else
-#define FRAMEQUILT_DOT_NAMESPACE any_processor
-#endif
 
 #if HWY_ARCH_X86
 #include <immintrin.h>
@@ -71,13 +47,12 @@ inline namespace FRAMEQUILT_DOT_NAMESPACE {
 #if FRAMEQUILT_DIRECT_DOT
 
 // In assembly, because the targets that Highway enables do not name these instructions. On Arm the
-// assembler has to be told; the compiler goes on without them. With AVX2 the registers are the 16
-// that both encodings reach, and the assembler would take AVX-512's if it were not told.
+// assembler has to be told; the compiler goes on without them.
 HWY_INLINE VI DirectDot(VI sum, VU codes, VU inputs) {
-#if FRAMEQUILT_AVX2_DOT == 2
-  __asm__("%{evex%} vpdpbusd %2, %1, %0" : "+x"(sum.raw) : "x"(codes.raw), "x"(inputs.raw));
-#elif FRAMEQUILT_AVX2_DOT == 1
-  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.raw) : "x"(codes.raw), "x"(inputs.raw));
+#if FRAMEQUILT_AVX2_DOT
+  __asm__(FRAMEQUILT_AVX2_DOT_CODE("vpdpbusd %2, %1, %0")
+          : "+x"(sum.raw)
+          : "x"(codes.raw), "x"(inputs.raw));
 #elif HWY_ARCH_X86
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(codes.raw), "v"(inputs.raw));
 #elif FRAMEQUILT_NEON_DOT == 2

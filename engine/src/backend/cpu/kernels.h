@@ -33,24 +33,49 @@ Kernels scalar_kernels();
 // call; simd_kernels() in targets.cc chooses it.
 void fill_linear_kernels(Kernels& kernels);
 void fill_planes_linear_kernels(Kernels& kernels);
-void fill_integer_linear_kernels(Kernels& kernels);
-void fill_neon_dot_linear_kernels(Kernels& kernels);  // 64-bit Arm only, both
-void fill_neon_i8mm_linear_kernels(Kernels& kernels);
-void fill_avx_vnni_linear_kernels(Kernels& kernels);  // where FRAMEQUILT_AVX2_VNNI, both
-void fill_avx512_vnni_linear_kernels(Kernels& kernels);
-void fill_amx_linear_kernels(Kernels& kernels);  // where FRAMEQUILT_AMX, as the next ones
-void fill_amx_bf16_linear_kernels(Kernels& kernels);
-void fill_amx_attention_kernels(Kernels& kernels);
-void fill_amx_encoder_attention_kernels(Kernels& kernels);
-void fill_bf16dot_linear_kernels(Kernels& kernels);  // x86 with AVX512_BF16 only
-// Where adding is cheaper than multiplying: x86 with AVX-512 VNNI only. The linears take the place
-// of some that are there already.
-void fill_winograd_linear_kernels(Kernels& kernels);
-void fill_fold_encoder_attention_kernels(Kernels& kernels);
 void fill_row_kernels(Kernels& kernels);  // norms, rope, activations, similarity
 void fill_kv_append_kernels(Kernels& kernels);
-void fill_attention_kernels(Kernels& kernels);  // attention, importance
 void fill_encoder_attention_kernels(Kernels& kernels);
+
+// Those that are there for extensions as well, which fill their part of the table anew
+// (extension.h).
+inline namespace any_processor {
+void fill_integer_linear_kernels(Kernels& kernels);
+void fill_attention_kernels(Kernels& kernels);  // attention, importance
 void fill_integer_encoder_attention_kernels(Kernels& kernels);
+void fill_bf16dot_linear_kernels(Kernels& kernels);  // x86 with AVX512_BF16 only
+}  // namespace any_processor
+
+namespace neon_dot {  // 64-bit Arm only, as the next ones
+void fill_integer_linear_kernels(Kernels& kernels);
+void fill_integer_encoder_attention_kernels(Kernels& kernels);
+}  // namespace neon_dot
+namespace neon_i8mm {
+void fill_integer_linear_kernels(Kernels& kernels);
+void fill_integer_encoder_attention_kernels(Kernels& kernels);
+}  // namespace neon_i8mm
+
+namespace avx_vnni {  // where FRAMEQUILT_AVX2_VNNI, as the next ones
+void fill_integer_linear_kernels(Kernels& kernels);
+void fill_attention_kernels(Kernels& kernels);
+void fill_integer_encoder_attention_kernels(Kernels& kernels);
+}  // namespace avx_vnni
+namespace avx512_vnni {
+void fill_integer_linear_kernels(Kernels& kernels);
+void fill_attention_kernels(Kernels& kernels);
+void fill_integer_encoder_attention_kernels(Kernels& kernels);
+}  // namespace avx512_vnni
+
+namespace amx {  // where FRAMEQUILT_AMX
+void fill_integer_linear_kernels(Kernels& kernels);
+void fill_attention_kernels(Kernels& kernels);
+void fill_integer_encoder_attention_kernels(Kernels& kernels);
+void fill_bf16dot_linear_kernels(Kernels& kernels);
+}  // namespace amx
+
+namespace fold {                                      // x86 only
+void fill_winograd_linear_kernels(Kernels& kernels);  // in place of integer linears
+void fill_integer_encoder_attention_kernels(Kernels& kernels);
+}  // namespace fold
 
 }  // namespace fq::backend::cpu

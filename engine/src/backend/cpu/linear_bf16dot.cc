@@ -440,11 +440,7 @@ HWY_EXPORT(Bf16DotW4);
 HWY_EXPORT(Bf16DotW3);
 HWY_EXPORT(Bf16DotW2);
 
-#if FRAMEQUILT_AMX
-void fill_amx_bf16_linear_kernels(Kernels& kernels) {
-#else
-void fill_bf16dot_linear_kernels(Kernels& kernels) {
-#endif
+void FRAMEQUILT_DOT_NAMESPACE::fill_bf16dot_linear_kernels(Kernels& kernels) {
   kernels.linear_bf16dot[16] = &HWY_DYNAMIC_DISPATCH(Bf16DotBF16);
   kernels.linear_bf16dot[8] = &HWY_DYNAMIC_DISPATCH(Bf16DotW8);
   kernels.linear_bf16dot[6] = &HWY_DYNAMIC_DISPATCH(Bf16DotW6);

@@ -367,19 +367,7 @@ HWY_EXPORT(IntegerW4);
 HWY_EXPORT(IntegerW3);
 HWY_EXPORT(IntegerW2);
 
-#if FRAMEQUILT_NEON_DOT == 2
-void fill_neon_i8mm_linear_kernels(Kernels& kernels) {
-#elif FRAMEQUILT_NEON_DOT == 1
-void fill_neon_dot_linear_kernels(Kernels& kernels) {
-#elif FRAMEQUILT_AMX
-void fill_amx_linear_kernels(Kernels& kernels) {
-#elif FRAMEQUILT_AVX2_DOT == 2
-void fill_avx512_vnni_linear_kernels(Kernels& kernels) {
-#elif FRAMEQUILT_AVX2_DOT == 1
-void fill_avx_vnni_linear_kernels(Kernels& kernels) {
-#else
-void fill_integer_linear_kernels(Kernels& kernels) {
-#endif
+void FRAMEQUILT_DOT_NAMESPACE::fill_integer_linear_kernels(Kernels& kernels) {
   kernels.linear_integer[8] = &HWY_DYNAMIC_DISPATCH(IntegerW8);
   kernels.linear_integer[6] = &HWY_DYNAMIC_DISPATCH(IntegerW6);
   kernels.linear_integer[5] = &HWY_DYNAMIC_DISPATCH(IntegerW5);

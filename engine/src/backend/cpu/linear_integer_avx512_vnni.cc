@@ -1,5 +1,4 @@
-// The kernels of linear_integer_avx_vnni.cc with the one instruction in the encoding of AVX-512:
-// but for that, what processors with VNNI for AVX-512 only test is what the others run. targets.cc
+// The kernels of linear_integer_avx_vnni.cc in the encoding of AVX-512 (extension.h). targets.cc
 // chooses.
 #if FRAMEQUILT_AVX2_VNNI  // processor.cmake
 #define FRAMEQUILT_AVX2_DOT 2

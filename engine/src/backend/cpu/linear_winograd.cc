@@ -352,7 +352,7 @@ HWY_EXPORT(WinogradW4);
 HWY_EXPORT(WinogradW3);
 HWY_EXPORT(WinogradW2);
 
-void fill_winograd_linear_kernels(Kernels& kernels) {
+void FRAMEQUILT_DOT_NAMESPACE::fill_winograd_linear_kernels(Kernels& kernels) {
   replaced_linears(kernels.linear_integer);
   kernels.linear_integer[4] = &HWY_DYNAMIC_DISPATCH(WinogradW4);
   kernels.linear_integer[3] = &HWY_DYNAMIC_DISPATCH(WinogradW3);

@@ -12,6 +12,7 @@
 #endif
 
 #include "hwy/highway.h"
+#include "src/backend/cpu/extension.h"
 #include "src/backend/cpu/gemm-inl.h"
 
 #if HWY_ARCH_X86
@@ -25,10 +26,36 @@ namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
 #if FRAMEQUILT_HAVE_SIMD
 
+// Codes of at most 16 bits, signed or not; what lies above them is cut off.
+HWY_INLINE VU PairWord(VU first, VU second) {
+#if HWY_ARCH_ARM_A64
+  return VU{vreinterpretq_u32_u16(vmovn_high_u32(vmovn_u32(first.raw), second.raw))};
+#else
+  const DU du;
+  return hn::Or(hn::And(first, hn::Set(du, 0xFFFFu)), hn::ShiftLeft<16>(second));
+#endif
+}
+
+// Words whose lower half is the first code, as a vector operand.
+HWY_INLINE VU SplitPairs(VU words) {
+#if HWY_ARCH_ARM_A64
+  return PairWord(words, hn::ShiftRight<16>(words));
+#else
+  return words;
+#endif
+}
+
+inline namespace FRAMEQUILT_DOT_NAMESPACE {
+
 // sum + pairs . word
 HWY_INLINE VI PairDot(VI sum, VU pairs, VU word) {
 #if HWY_TARGET == HWY_AVX3_DL
   __asm__("vpdpwssd %2, %1, %0" : "+v"(sum.raw) : "v"(pairs.raw), "v"(word.raw));
+  return sum;
+#elif HWY_TARGET == HWY_AVX2 && FRAMEQUILT_AVX2_DOT
+  __asm__(FRAMEQUILT_AVX2_DOT_CODE("vpdpwssd %2, %1, %0")
+          : "+x"(sum.raw)
+          : "x"(pairs.raw), "x"(word.raw));
   return sum;
 #elif HWY_TARGET == HWY_AVX3
   return hn::Add(sum, VI{_mm512_madd_epi16(pairs.raw, word.raw)});
@@ -50,25 +77,6 @@ HWY_INLINE VI PairDot(VI sum, VU pairs, VU word) {
 #endif
 }
 
-// Codes of at most 16 bits, signed or not; what lies above them is cut off.
-HWY_INLINE VU PairWord(VU first, VU second) {
-#if HWY_ARCH_ARM_A64
-  return VU{vreinterpretq_u32_u16(vmovn_high_u32(vmovn_u32(first.raw), second.raw))};
-#else
-  const DU du;
-  return hn::Or(hn::And(first, hn::Set(du, 0xFFFFu)), hn::ShiftLeft<16>(second));
-#endif
-}
-
-// Words whose lower half is the first code, as a vector operand.
-HWY_INLINE VU SplitPairs(VU words) {
-#if HWY_ARCH_ARM_A64
-  return PairWord(words, hn::ShiftRight<16>(words));
-#else
-  return words;
-#endif
-}
-
 // --- Panels ------------------------------------------------------------------------------------
 
 // sums[row][vector] += sum over steps of pairs[step][vector] . words[row][step]. The word of a row
@@ -84,7 +92,19 @@ struct WordProducts {
 // sums[vector] += vectors[vector] . *word
 template <int kVectors>
 HWY_INLINE void AddPairDots(const VU (&vectors)[kVectors], const uint32_t* word, VI* sums) {
-#if HWY_TARGET == HWY_AVX2
+#if HWY_TARGET == HWY_AVX2 && FRAMEQUILT_AVX2_DOT
+  // In assembly for the same reason as below.
+  if constexpr (kVectors == 2) {
+    VU codes;
+    __asm__("vpbroadcastd %3, %2\n\t"  //
+            FRAMEQUILT_AVX2_DOT_CODE("vpdpwssd %2, %4, %0\n\t")
+                FRAMEQUILT_AVX2_DOT_CODE("vpdpwssd %2, %5, %1")
+            : "+x"(sums[0].raw), "+x"(sums[1].raw), "=&x"(codes.raw)
+            : "m"(*reinterpret_cast<const char(*)[4]>(word)), "x"(vectors[0].raw),
+              "x"(vectors[1].raw));
+    return;
+  }
+#elif HWY_TARGET == HWY_AVX2
   // In assembly, because the sums of 6 rows beside the operands take all 16 registers: the compiler
   // would load several words first and keep half of the sums in memory.
   if constexpr (kVectors == 2) {
@@ -134,6 +154,8 @@ HWY_INLINE void AddPairProducts(const WordProducts& p, VI (&acc)[kRows * kVector
           FRAMEQUILT_INLINE { AddPairDots(vectors, word, sums); },
       before);
 }
+
+}  // namespace FRAMEQUILT_DOT_NAMESPACE
 
 #endif
 }  // namespace HWY_NAMESPACE

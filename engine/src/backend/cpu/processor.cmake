@@ -12,8 +12,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$" AND CMAKE_CXX_COMPILER_ID 
                -march=armv8-a+crypto)
 endif()
 
-# x86-64: the integer linears of AVX2 with a dot product (AVX-VNNI) are assembly that names the
-# encoding, which assemblers know since GNU binutils 2.36 and LLVM 12. With an older one everything
+# x86-64: the kernels of AVX2 with a dot product (AVX-VNNI) are assembly that names the encoding,
+# which assemblers know since GNU binutils 2.36 and LLVM 12. With an older one everything
 # else is built, and machines with that extension run the kernels of AVX2.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   include(CheckCXXSourceCompiles)
@@ -25,15 +25,15 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     __attribute__((target("avx2"))) void twice(__m256i* x) {
       __m256i sum = x[0];
       __asm__("%{vex%} vpdpbusd %1, %1, %0" : "+x"(sum) : "x"(x[1]));
-      __asm__("%{evex%} vpdpbusd %1, %1, %0" : "+x"(sum) : "x"(x[1]));
+      __asm__("%{evex%} vpdpwssd %1, %1, %0" : "+x"(sum) : "x"(x[1]));
       x[0] = sum;
     }
     int main() { return 0; }
   ]] FRAMEQUILT_AVX2_VNNI)
   if(FRAMEQUILT_AVX2_VNNI)
-    set_property(SOURCE ${CMAKE_CURRENT_LIST_DIR}/targets.cc
-                        ${CMAKE_CURRENT_LIST_DIR}/linear_integer_avx_vnni.cc
-                        ${CMAKE_CURRENT_LIST_DIR}/linear_integer_avx512_vnni.cc
+    file(GLOB framequilt_avx2_vnni_kernels CONFIGURE_DEPENDS
+         ${CMAKE_CURRENT_LIST_DIR}/*_avx_vnni.cc ${CMAKE_CURRENT_LIST_DIR}/*_avx512_vnni.cc)
+    set_property(SOURCE ${CMAKE_CURRENT_LIST_DIR}/targets.cc ${framequilt_avx2_vnni_kernels}
                  APPEND PROPERTY COMPILE_DEFINITIONS FRAMEQUILT_AVX2_VNNI=1)
   else()
     message(STATUS "Target avx2_vnni: not built, the assembler does not know {vex} vpdpbusd")

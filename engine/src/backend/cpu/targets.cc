@@ -28,6 +28,17 @@ namespace fq::backend::cpu {
 namespace {
 
 #if FRAMEQUILT_AVX2_VNNI
+void fill_avx_vnni_kernels(Kernels& kernels) {
+  avx_vnni::fill_integer_linear_kernels(kernels);
+  avx_vnni::fill_attention_kernels(kernels);
+  avx_vnni::fill_integer_encoder_attention_kernels(kernels);
+}
+void fill_avx512_vnni_kernels(Kernels& kernels) {
+  avx512_vnni::fill_integer_linear_kernels(kernels);
+  avx512_vnni::fill_attention_kernels(kernels);
+  avx512_vnni::fill_integer_encoder_attention_kernels(kernels);
+}
+
 // The kernels with the dot product of 256 bits in the encoding that this processor has, or null.
 // Highway has asked the operating system about the registers of the targets that it supports.
 auto avx2_vnni() -> void (*)(Kernels&) {
@@ -37,11 +48,10 @@ auto avx2_vnni() -> void (*)(Kernels&) {
   const bool avx512_vnni = (ecx >> 11 & 1) != 0;
   if (last_leaf >= 1) {
     __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
-    if ((eax >> 4 & 1) != 0) return &fill_avx_vnni_linear_kernels;
+    if ((eax >> 4 & 1) != 0) return &fill_avx_vnni_kernels;
   }
   // Highway's AVX3 includes AVX-512's vectors of 256 bits.
-  if (avx512_vnni && (hwy::SupportedTargets() & HWY_AVX3) != 0)
-    return &fill_avx512_vnni_linear_kernels;
+  if (avx512_vnni && (hwy::SupportedTargets() & HWY_AVX3) != 0) return &fill_avx512_vnni_kernels;
   return nullptr;
 }
 #endif
@@ -61,22 +71,31 @@ bool may_use_amx() {
 }
 
 void fill_amx_kernels(Kernels& kernels) {
-  fill_amx_linear_kernels(kernels);
-  fill_amx_bf16_linear_kernels(kernels);
-  fill_amx_attention_kernels(kernels);
-  fill_amx_encoder_attention_kernels(kernels);
+  amx::fill_integer_linear_kernels(kernels);
+  amx::fill_bf16dot_linear_kernels(kernels);
+  amx::fill_attention_kernels(kernels);
+  amx::fill_integer_encoder_attention_kernels(kernels);
 }
 #endif
 
-#if HWY_ARCH_X86
+#if HWY_ARCH_ARM_A64 && defined(__linux__)
+void fill_neon_dot_kernels(Kernels& kernels) {
+  neon_dot::fill_integer_linear_kernels(kernels);
+  neon_dot::fill_integer_encoder_attention_kernels(kernels);
+}
+void fill_neon_i8mm_kernels(Kernels& kernels) {
+  neon_i8mm::fill_integer_linear_kernels(kernels);
+  neon_i8mm::fill_integer_encoder_attention_kernels(kernels);
+}
+#elif HWY_ARCH_X86
 // Zen 4 and 5 add vectors in four units and multiply them in two. Intel's cores do both in the same
 // ones.
 bool adds_beside_multiplying() { return __builtin_cpu_is("amd") != 0; }
 
 void fill_zen4_kernels(Kernels& kernels) {
   fill_bf16dot_linear_kernels(kernels);
-  fill_winograd_linear_kernels(kernels);
-  fill_fold_encoder_attention_kernels(kernels);
+  fold::fill_winograd_linear_kernels(kernels);
+  fold::fill_integer_encoder_attention_kernels(kernels);
 }
 #endif
 
@@ -93,8 +112,8 @@ std::vector<Target> extended_targets([[maybe_unused]] int64_t bit, [[maybe_unuse
   if (!best) return targets;
   const bool dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
   const bool i8mm = (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
-  if (i8mm) targets.push_back({"neon_i8mm", bit, &fill_neon_i8mm_linear_kernels});
-  if (dot) targets.push_back({"neon_dot", bit, &fill_neon_dot_linear_kernels});
+  if (i8mm) targets.push_back({"neon_i8mm", bit, &fill_neon_i8mm_kernels});
+  if (dot) targets.push_back({"neon_dot", bit, &fill_neon_dot_kernels});
 #elif HWY_ARCH_X86
 #if FRAMEQUILT_HAVE_AMX_FILES
   if (bit == HWY_AVX3_DL && may_use_amx()) targets.push_back({"avx3_amx", bit, &fill_amx_kernels});

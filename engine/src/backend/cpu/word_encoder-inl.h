@@ -70,7 +70,7 @@ struct EncoderWords {
   void AddKey(int64_t token, const int8_t* codes, int32_t sum) const {
     s.k_starts[static_cast<size_t>(token)] = WordStart(sum);
     for (int64_t w = 0; w < words; ++w)
-      s.k[static_cast<size_t>(token * words + w)] = SignedWord(codes, w);
+      s.k[static_cast<size_t>(token * words + w)] = KeyWord(codes, w);
   }
 
   void StartValues() const {}
@@ -118,7 +118,7 @@ struct EncoderWords {
   // Of all queries of a tile.
   void AddQuery(int64_t query, const int8_t* codes) const {
     for (int64_t w = 0; w < words; ++w)
-      s.q[static_cast<size_t>(w * kQueries + query)] = UnsignedWord(codes, w);
+      s.q[static_cast<size_t>(w * kQueries + query)] = QueryWord(codes, w);
   }
   void EndQueries() const {
     for (uint32_t* at = s.q.data(); at < s.q.data() + words * kQueries; at += kLanes)

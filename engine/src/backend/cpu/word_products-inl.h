@@ -35,16 +35,21 @@ HWY_INLINE void AddWordDots(const VU (&vectors)[kVectors], const uint32_t* word,
                          FRAMEQUILT_INLINE { sums[v] = DirectDot(sums[v], vectors[v], codes); });
 }
 HWY_INLINE VU WordVector(VU words) { return words; }
-// The vector operand is unsigned: its codes are 128 larger, and a sum starts that much lower.
-HWY_INLINE int32_t WordStart(int32_t sum_of_codes) { return -128 * sum_of_codes; }
-HWY_INLINE uint32_t SignedWord(const int8_t* codes, int64_t word) {
+HWY_INLINE uint32_t KeyWord(const int8_t* codes, int64_t word) {
   uint32_t bits;
   __builtin_memcpy(&bits, codes + 4 * word, sizeof bits);
   return bits;
 }
-HWY_INLINE uint32_t UnsignedWord(const int8_t* codes, int64_t word) {
-  return SignedWord(codes, word) ^ 0x80808080u;
+#if FRAMEQUILT_NEON_DOT == 1  // multiplies signed bytes
+HWY_INLINE int32_t WordStart(int32_t) { return 0; }
+HWY_INLINE uint32_t QueryWord(const int8_t* codes, int64_t word) { return KeyWord(codes, word); }
+#else
+// The vector operand is unsigned: its codes are 128 larger, and a sum starts that much lower.
+HWY_INLINE int32_t WordStart(int32_t sum_of_codes) { return -128 * sum_of_codes; }
+HWY_INLINE uint32_t QueryWord(const int8_t* codes, int64_t word) {
+  return KeyWord(codes, word) ^ 0x80808080u;
 }
+#endif
 #else
 constexpr int kWordCodes = 2;
 template <int kVectors>
@@ -53,13 +58,11 @@ HWY_INLINE void AddWordDots(const VU (&vectors)[kVectors], const uint32_t* word,
 }
 HWY_INLINE VU WordVector(VU words) { return SplitPairs(words); }
 HWY_INLINE int32_t WordStart(int32_t) { return 0; }
-HWY_INLINE uint32_t SignedWord(const int8_t* codes, int64_t word) {
+HWY_INLINE uint32_t KeyWord(const int8_t* codes, int64_t word) {
   const auto half = [&](int64_t i) { return static_cast<uint32_t>(uint16_t(codes[i])); };
   return half(2 * word) | half(2 * word + 1) << 16;
 }
-HWY_INLINE uint32_t UnsignedWord(const int8_t* codes, int64_t word) {
-  return SignedWord(codes, word);
-}
+HWY_INLINE uint32_t QueryWord(const int8_t* codes, int64_t word) { return KeyWord(codes, word); }
 #endif
 
 // ops::probability_code, in the low 16 bits: the sum that rounds it to an integer has it there.

@@ -1,0 +1,6 @@
+// Encoder attention with 8-bit queries and keys once more, for processors with AVX2 and AVX-VNNI.
+// targets.cc chooses. As of linear_integer_avx_vnni.cc, a test reads the object.
+#if FRAMEQUILT_AVX2_VNNI  // processor.cmake
+#define FRAMEQUILT_AVX2_DOT 1
+#include "src/backend/cpu/encoder_attention_integer.cc"  // NOLINT(bugprone-suspicious-include)
+#endif
