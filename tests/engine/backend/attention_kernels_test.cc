@@ -45,6 +45,11 @@ std::vector<Case> cases() {
       all.push_back({target, {2, 2, 80, format}});
       all.push_back({target, {5, 1, 64, format}});
     }
+    // Few rows, by number of them.
+    all.push_back({target, {2, 2, 128, "kv8"}});
+    all.push_back({target, {2, 1, 64, "k4v8"}});
+    all.push_back({target, {4, 1, 64, "kv8g64"}});
+    all.push_back({target, {6, 1, 128, "k8v4g64"}});
     all.push_back({target, {8, 1, 128, "kv4g64"}});
     all.push_back({target, {9, 1, 256, "kv6"}});
     all.push_back({target, {3, 1, 64, "kv4+scale32"}});

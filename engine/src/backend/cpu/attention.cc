@@ -1,6 +1,7 @@
 // Causal attention over pages, and the importance of tokens. A tile of query rows (all heads of a
 // kv head) goes over the pages of its sequence. Codes of a page become words once per tile, for
-// integer products (code_products-inl.h); floats are multiplied straight from the page by few rows
+// integer products (code_products-inl.h), or, for few rows, words in registers
+// (direct_products-inl.h); floats are multiplied straight from the page by few rows
 // (half_products-inl.h), from a panel of float32 by many, and so are codes where `exact` is asked
 // for (exact_products-inl.h). The pages are cut into chunks of kAttentionChunk tokens, computed
 // alone and merged in order: one after the other, or, where there are fewer tiles than threads, on
@@ -21,6 +22,7 @@
 #include "src/backend/cpu/amx_attention-inl.h"
 #include "src/backend/cpu/attention_tile-inl.h"
 #include "src/backend/cpu/code_products-inl.h"
+#include "src/backend/cpu/direct_products-inl.h"
 #include "src/backend/cpu/exact_products-inl.h"
 #include "src/backend/cpu/half_products-inl.h"
 #include "src/backend/cpu/integer-inl.h"
@@ -54,12 +56,20 @@ void LoadQuery(const KvPageLayout& layout, bool exact, const float* q, int64_t r
 
 // --- One page ----------------------------------------------------------------------------------
 
+// What the next product reads. Scales and zeros come first, at once: they lie behind the codes, but
+// are read before them.
+Ahead AheadOf(const KvPart& part, const std::byte* head, size_t end) {
+  if (!part.has_codes()) return {head + part.low, head + end};
+  Ahead params{head + part.scales, head + end};
+  params.AskAll();
+  return {head + part.low, head + part.scales};
+}
 // K of a head of a page lies before its V.
 Ahead AheadOfK(const KvPageLayout& layout, const std::byte* head) {
-  return {head, head + layout.v.low};
+  return AheadOf(layout.k, head, layout.v.low);
 }
 Ahead AheadOfV(const KvPageLayout& layout, const std::byte* head) {
-  return {head + layout.v.low, head + layout.head_bytes};
+  return AheadOf(layout.v, head, layout.head_bytes);
 }
 
 // Scores, before their factors, of rows [first, first + rows) of the scratch with `tokens` tokens
@@ -77,7 +87,6 @@ void PageScores(const KvPageLayout& layout, bool exact, const std::byte* head, i
 #endif
   if (part.has_codes()) {
     const PageParams params = ReadParams(layout, part, head, s.scales.data(), s.zeros.data());
-    ReadWords(part, head, part.rows, whole, kPageTokens, s.words.data(), ahead);
     CodeScores x;
     x.products.a_row = QueryWords(part);
     x.products.a_step = 1;
@@ -88,16 +97,27 @@ void PageScores(const KvPageLayout& layout, bool exact, const std::byte* head, i
     x.c_stride = stride;
     x.ahead = ahead;
     const auto* const words = reinterpret_cast<const uint32_t*>(s.q_codes.data());
-    for (int64_t g = 0; g < part.groups; ++g) {
-      x.products.a = words + first * x.products.a_row + g * x.products.steps;
-      x.products.b = s.words.data() + g * x.products.steps * kPageTokens;
-      x.sums = s.q_sums.data() + first * x.sums_row + g;
-      x.scales = params.scales + g * kPageTokens;
-      x.zeros = params.zeros + g * kPageTokens;
-      x.first = g == 0;
-      CodeProducts(x, rows, whole);
+    const auto multiply = [&](const auto& products) {
+      for (int64_t g = 0; g < part.groups; ++g) {
+        x.products.a = words + first * x.products.a_row + g * x.products.steps;
+        x.sums = s.q_sums.data() + first * x.sums_row + g;
+        x.scales = params.scales + g * kPageTokens;
+        x.zeros = params.zeros + g * kPageTokens;
+        x.first = g == 0;
+        products(g);
+      }
+    };
+#if FRAMEQUILT_HAVE_DIRECT
+    if (part.group % kDirectRows == 0 && IsDirect(rows, kPageTokens)) {
+      return multiply(
+          [&](int64_t g) { DirectProducts(x, rows, kPageTokens, part, head, g * part.group, 0); });
     }
-    return;
+#endif
+    ReadWords(part, head, part.rows, whole, kPageTokens, s.words.data(), x.ahead);
+    return multiply([&](int64_t g) {
+      x.products.b = s.words.data() + g * x.products.steps * kPageTokens;
+      CodeProducts(x, rows, whole);
+    });
   }
   const float* const q = s.q.data() + first * layout.head_dim;
   if (rows <= kProductMostRows && part.bits == 16) {
@@ -128,7 +148,6 @@ void PageValues(const KvPageLayout& layout, bool exact, const std::byte* head, c
 #endif
   if (part.has_codes()) {
     const PageParams params = ReadParams(layout, part, head, s.scales.data(), s.zeros.data());
-    ReadWords(part, head, tokens, out_stride, out_stride, s.words.data(), ahead);
     CodeValues x;
     x.products.a = reinterpret_cast<const uint32_t*>(s.weight_codes.data());
     x.products.a_row = kPageTokens / 2;
@@ -139,14 +158,26 @@ void PageValues(const KvPageLayout& layout, bool exact, const std::byte* head, c
     x.steps = s.steps.data();
     x.c_stride = out_stride;
     x.ahead = ahead;
-    for (int64_t g = 0; g < part.groups; ++g) {
-      const int64_t begin = g * part.group;
-      WeightsOfRows(p, rows, params, g, tokens, s);
-      x.products.b = s.words.data() + begin;
-      x.c = out + begin;
-      CodeProducts(x, rows, RoundUp(part.group, kLanes));
+    const auto multiply = [&](const auto& products) {
+      for (int64_t g = 0; g < part.groups; ++g) {
+        const int64_t begin = g * part.group;
+        WeightsOfRows(p, rows, params, g, tokens, s);
+        x.c = out + begin;
+        products(begin);
+      }
+    };
+#if FRAMEQUILT_HAVE_DIRECT
+    if (IsDirect(rows, part.group)) {
+      return multiply([&](int64_t begin) {
+        DirectProducts(x, rows, int64_t{part.group}, part, head, 0, begin);
+      });
     }
-    return;
+#endif
+    ReadWords(part, head, tokens, out_stride, out_stride, s.words.data(), x.ahead);
+    return multiply([&](int64_t begin) {
+      x.products.b = s.words.data() + begin;
+      CodeProducts(x, rows, RoundUp(part.group, kLanes));
+    });
   }
   // Whole vectors of floats would read past the page: panels then.
   if (rows <= kProductMostRows && part.bits == 16 && part.columns % kLanes == 0) {
@@ -248,22 +279,26 @@ struct Tile {
     const int64_t chunk_begin = chunk * ops::kAttentionChunk;
     const int64_t end = std::min(args.begin + row_end, chunk_begin + ops::kAttentionChunk);
     state.Reset(first_row(chunk_begin), rows);
+    // Later pages are asked for one page ahead: their K while scores are computed, their V while
+    // values are.
+    AheadOfV(layout, HeadOf(chunk_begin)).AskAll();
     for (int64_t begin = chunk_begin; begin < end; begin += kBlock) {
       const std::byte* const head = HeadOf(begin);
       const int64_t tokens = std::min(kBlock, end - begin), whole = RoundUp(tokens, kLanes);
       const int64_t first = first_row(begin), count = rows - first;
+      const std::byte* const next =
+          begin + kBlock < args.begin + row_end ? HeadOf(begin + kBlock) : nullptr;
       float* const scores = s.scores.data() + first * kBlock;
       PageScores(layout, args.exact, head, first, count, tokens, s, scores, kBlock,
-                 AheadOfV(layout, head));
+                 next == nullptr ? Ahead() : AheadOfK(layout, next));
       for (int64_t r = first; r < rows; ++r) {
         const int64_t visible = std::min(tokens, first_visible + r / heads - begin);
         state.AddScores(r, s.scores.data() + r * kBlock, visible, whole,
                         s.factors[static_cast<size_t>(r)]);
       }
-      const bool last = begin + kBlock >= end;
       PageValues(layout, args.exact, head, scores, count, tokens, s,
                  state.out + first * state.out_stride, state.out_stride,
-                 last ? Ahead() : AheadOfK(layout, HeadOf(begin + kBlock)));
+                 next == nullptr ? Ahead() : AheadOfV(layout, next));
     }
   }
 

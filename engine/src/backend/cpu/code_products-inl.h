@@ -149,22 +149,15 @@ struct CodeScores {
   }
 };
 
-// Asks for what is needed next while it multiplies, as many lines in all as a page of 8 bits has.
 template <int kRows, int kVectors>
-HWY_INLINE void AddAsking(const WordProducts& products, VI (&acc)[kRows * kVectors], Ahead& asked) {
-  constexpr int kLines = std::max(1, kVectors * kLanes / 32);  // of a step
-  Ahead ahead = asked;
-  AddPairProducts<kRows, kVectors>(products, acc, [&]() FRAMEQUILT_INLINE { ahead.Ask(kLines); });
-  asked = ahead;
+HWY_INLINE void StartSums(const CodeScores&, VI (&acc)[kRows * kVectors]) {
+  Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Zero(DI()); });
 }
 
 template <int kRows, int kVectors>
-HWY_NOINLINE void CodeKernel(CodeScores& x) {
+HWY_INLINE void FinishSums(const CodeScores& x, const VI (&acc)[kRows * kVectors]) {
   const DF df;
   const DI di;
-  VI acc[kRows * kVectors];
-  Unrolled<kRows * kVectors>([&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Zero(di); });
-  AddAsking<kRows, kVectors>(x.products, acc, x.ahead);
   // Copies: stores could change members, for all the compiler knows.
   const float* const scales = x.scales;
   const int32_t* const zeros = x.zeros;
@@ -214,13 +207,14 @@ struct CodeValues {
 };
 
 template <int kRows, int kVectors>
-HWY_NOINLINE void CodeKernel(CodeValues& x) {
-  const DF df;
-  const DI di;
-  VI acc[kRows * kVectors];
+HWY_INLINE void StartSums(const CodeValues& x, VI (&acc)[kRows * kVectors]) {
   Unrolled<kRows * kVectors>(
-      [&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Set(di, -x.zero_sums[i / kVectors]); });
-  AddAsking<kRows, kVectors>(x.products, acc, x.ahead);
+      [&](auto i) FRAMEQUILT_INLINE { acc[i] = hn::Set(DI(), -x.zero_sums[i / kVectors]); });
+}
+
+template <int kRows, int kVectors>
+HWY_INLINE void FinishSums(const CodeValues& x, const VI (&acc)[kRows * kVectors]) {
+  const DF df;
   const float* const steps = x.steps;
   float* const out = x.c;
   const int64_t c_stride = x.c_stride;
@@ -234,11 +228,32 @@ HWY_NOINLINE void CodeKernel(CodeValues& x) {
   });
 }
 
+// Lines to ask for in a step, so that all steps ask for as many as a page of 8 bits has.
+template <int kVectors>
+constexpr int kLinesOfStep = std::max(1, kVectors* kLanes / 32);
+
+// Asks for what is needed next while it multiplies.
+template <int kRows, int kVectors>
+HWY_INLINE void AddAsking(const WordProducts& products, VI (&acc)[kRows * kVectors], Ahead& asked) {
+  Ahead ahead = asked;
+  AddPairProducts<kRows, kVectors>(products, acc,
+                                   [&]() FRAMEQUILT_INLINE { ahead.Ask(kLinesOfStep<kVectors>); });
+  asked = ahead;
+}
+
+template <class X, int kRows, int kVectors>
+HWY_NOINLINE void CodeKernel(X& x) {
+  VI acc[kRows * kVectors];
+  StartSums<kRows, kVectors>(x, acc);
+  AddAsking<kRows, kVectors>(x.products, acc, x.ahead);
+  FinishSums<kRows, kVectors>(x, acc);
+}
+
 // Kernels of a kind for 1.. rows.
 template <class X, int kVectors, int... kI>
 constexpr std::array<void (*)(X&), sizeof...(kI)> MakeCodeKernels(
     std::integer_sequence<int, kI...>) {
-  return {&CodeKernel<kI + 1, kVectors>...};
+  return {&CodeKernel<X, kI + 1, kVectors>...};
 }
 template <int kVectors>
 constexpr int kCodeRows = kVectors == 4 ? kMaxAccumulators / 4 : kMicroRows;

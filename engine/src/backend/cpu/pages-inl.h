@@ -53,6 +53,9 @@ struct Ahead {
   HWY_INLINE void Ask(int64_t lines) {
     for (; lines > 0 && next < end; --lines, next += 64) hwy::Prefetch(next);
   }
+  HWY_INLINE void AskAll() {
+    for (; next < end; next += 64) hwy::Prefetch(next);
+  }
 };
 
 // Row of bytes of a plane that row `row` (a multiple of the unit's rows) starts in.
@@ -71,14 +74,30 @@ struct CodeUnit {
 
   VU low[kLowRows], high;
 
-  // kLanes columns from `column`; `row` is a multiple of kRows.
-  HWY_INLINE void Load(const KvPart& part, const std::byte* head, int64_t row, int64_t column) {
-    const auto* const bytes = reinterpret_cast<const uint8_t*>(head) + column;
-    const uint8_t* const from = bytes + part.low + PlaneRow(row, kPlanes.low) * part.columns;
-    Unrolled<kLowRows>([&](auto i)
-                           FRAMEQUILT_INLINE { low[i] = LoadBytes(from + i * part.columns); });
-    if constexpr (kPlanes.high > 0)
-      high = LoadBytes(bytes + part.high + PlaneRow(row, kPlanes.high) * part.columns);
+  // Where a unit's bytes begin in each plane; `row` is a multiple of kRows.
+  struct Place {
+    const uint8_t* low;
+    const uint8_t* high;
+    int64_t columns;
+
+    Place(const KvPart& part, const std::byte* head, int64_t row, int64_t column)
+        : columns(part.columns) {
+      const auto* const bytes = reinterpret_cast<const uint8_t*>(head) + column;
+      low = bytes + part.low + PlaneRow(row, kPlanes.low) * columns;
+      high = bytes + part.high + PlaneRow(row, kPlanes.high) * columns;
+    }
+    HWY_INLINE void NextUnit() {
+      low += kLowRows * columns;
+      high += columns;
+    }
+  };
+
+  // kLanes columns from `column` of the place on.
+  HWY_INLINE void Load(const Place& place, int64_t column) {
+    Unrolled<kLowRows>([&](auto i) FRAMEQUILT_INLINE {
+      low[i] = LoadBytes(place.low + i * place.columns + column);
+    });
+    if constexpr (kPlanes.high > 0) high = LoadBytes(place.high + column);
   }
 
   // Of rows 2 kPair and 2 kPair + 1: no plane but that of 8 bits has them in different bytes.
@@ -123,11 +142,12 @@ void ReadWordsOf(const KvPart& part, const std::byte* head, int64_t rows, int64_
                  int64_t stride, uint32_t* out, Ahead& ahead) {
   using Unit = CodeUnit<kBits>;
   const int64_t lines = std::max<int64_t>(1, Unit::kRows * kBits * columns / 1024);  // every other
-  for (int64_t row = 0; row < rows; row += Unit::kRows) {
+  typename Unit::Place place(part, head, 0, 0);
+  for (int64_t row = 0; row < rows; row += Unit::kRows, place.NextUnit()) {
     ahead.Ask(lines);
     for (int64_t c = 0; c < columns; c += kLanes) {
       Unit unit;
-      unit.Load(part, head, row, c);
+      unit.Load(place, c);
       Unrolled<Unit::kRows / 2>([&](auto pair) FRAMEQUILT_INLINE {
         hn::Store(unit.template Pair<pair>(), DU(), out + (row / 2 + pair) * stride + c);
       });
