@@ -50,6 +50,8 @@ std::vector<Case> cases() {
     all.push_back({target, {2, 1, 64, "k4v8"}});
     all.push_back({target, {4, 1, 64, "kv8g64"}});
     all.push_back({target, {6, 1, 128, "k8v4g64"}});
+    all.push_back({target, {3, 1, 20, "kv3"}});  // no whole units of rows of codes
+    all.push_back({target, {2, 2, 22, "k6v2"}});
     all.push_back({target, {8, 1, 128, "kv4g64"}});
     all.push_back({target, {9, 1, 256, "kv6"}});
     all.push_back({target, {3, 1, 64, "kv4+scale32"}});
