@@ -36,6 +36,7 @@ inline namespace FRAMEQUILT_DOT_NAMESPACE {
 constexpr int64_t kProductMostRows = 16;  // up to here straight from the page
 constexpr int64_t kSplitRows = 32;        // up to here chunks go to different threads
 constexpr int64_t kRoundItems = 16;       // chunks of a round, per thread
+constexpr size_t kFarBytes = 12 << 10;    // of a page: two halves on their way leave room to work
 
 // Row `row` of the scratch: as it is, or as codes.
 void LoadQuery(const KvPageLayout& layout, bool exact, const float* q, int64_t row, float scale,
@@ -279,9 +280,10 @@ struct Tile {
     const int64_t chunk_begin = chunk * ops::kAttentionChunk;
     const int64_t end = std::min(args.begin + row_end, chunk_begin + ops::kAttentionChunk);
     state.Reset(first_row(chunk_begin), rows);
-    // Later pages are asked for one page ahead: their K while scores are computed, their V while
-    // values are.
-    AheadOfV(layout, HeadOf(chunk_begin)).AskAll();
+    // Small pages are asked for one page ahead, their K while scores are computed and their V while
+    // values are; of large ones it is the next part that is asked for.
+    const bool far = layout.head_bytes <= kFarBytes;
+    if (far) AheadOfV(layout, HeadOf(chunk_begin)).AskAll();
     for (int64_t begin = chunk_begin; begin < end; begin += kBlock) {
       const std::byte* const head = HeadOf(begin);
       const int64_t tokens = std::min(kBlock, end - begin), whole = RoundUp(tokens, kLanes);
@@ -290,7 +292,9 @@ struct Tile {
           begin + kBlock < args.begin + row_end ? HeadOf(begin + kBlock) : nullptr;
       float* const scores = s.scores.data() + first * kBlock;
       PageScores(layout, args.exact, head, first, count, tokens, s, scores, kBlock,
-                 next == nullptr ? Ahead() : AheadOfK(layout, next));
+                 !far              ? AheadOfV(layout, head)
+                 : next == nullptr ? Ahead()
+                                   : AheadOfK(layout, next));
       for (int64_t r = first; r < rows; ++r) {
         const int64_t visible = std::min(tokens, first_visible + r / heads - begin);
         state.AddScores(r, s.scores.data() + r * kBlock, visible, whole,
@@ -298,7 +302,9 @@ struct Tile {
       }
       PageValues(layout, args.exact, head, scores, count, tokens, s,
                  state.out + first * state.out_stride, state.out_stride,
-                 next == nullptr ? Ahead() : AheadOfV(layout, next));
+                 next == nullptr ? Ahead()
+                 : far           ? AheadOfV(layout, next)
+                                 : AheadOfK(layout, next));
     }
   }
 
