@@ -20,13 +20,13 @@ namespace fq::backend::cpu {
 namespace HWY_NAMESPACE {
 
 #undef FRAMEQUILT_HAVE_DIRECT
-#if HWY_TARGET == HWY_AVX3_DL && HWY_ARCH_X86
+#if HWY_TARGET == HWY_AVX3_DL  // has the permutation of bytes, and registers for 8 rows
 #define FRAMEQUILT_HAVE_DIRECT 1
 inline namespace FRAMEQUILT_DOT_NAMESPACE {
 
 constexpr int64_t kDirectMostRows = 8;
 constexpr int64_t kDirectColumns = 4 * kLanes;
-constexpr int kDirectRows = 8;  // of a unit of any number of bits, at most
+constexpr int kDirectRows = 8;  // groups of so many begin and end with a unit, of any bits
 template <int kRows>
 constexpr int kDirectVectors = kRows <= 4 ? 4 : 2;
 

@@ -73,8 +73,9 @@ void fill_integer_encoder_attention_kernels(Kernels& kernels);
 void fill_bf16dot_linear_kernels(Kernels& kernels);
 }  // namespace amx
 
-namespace fold {                                      // x86 only
-void fill_winograd_linear_kernels(Kernels& kernels);  // in place of integer linears
+// x86 only. The linears take the place of some that are there already.
+namespace fold {
+void fill_winograd_linear_kernels(Kernels& kernels);
 void fill_integer_encoder_attention_kernels(Kernels& kernels);
 }  // namespace fold
 
